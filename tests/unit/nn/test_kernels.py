@@ -1,0 +1,170 @@
+"""The Triton kernels in Triton's interpreter on the CPU, in float16 (it multiplies no bfloat16), small shapes.
+
+Triton decides at its import whether kernels are interpreted, so these tests run in a process of their own.
+`tests/gpu/test_gpu_kernels.py` holds the same kernels, compiled, to the same oracle.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the process that the first test starts")
+NAMES = ("w_in", "w_out", "b_in", "b_out", "w_gate", "b_gate")
+
+
+@pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="the GPU tests cover compiled kernels")
+def test_in_the_interpreter() -> None:
+    pytest.importorskip("triton")
+    here = Path(__file__).resolve()
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--noconftest", str(here)]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "JAXTYPING_DISABLE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, cwd=here.parents[3], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:]
+
+
+def oracle(x: Tensor, expert_ids: Tensor, weights: Tensor, bank: dict[str, Tensor], activation: str) -> Tensor:
+    """One slot after another."""
+    rows = []
+    for row, ids, scales in zip(x, expert_ids.tolist(), weights, strict=True):
+        y = torch.zeros_like(row)
+        for e, scale in zip(ids, scales, strict=True):
+            if e < len(bank["w_in"]):
+                one = {name: w[e] for name, w in bank.items()}
+                hidden = F.linear(row, one["w_in"], one.get("b_in"))
+                if activation == "swiglu":
+                    hidden = F.silu(F.linear(row, one["w_gate"], one.get("b_gate"))) * hidden
+                else:
+                    hidden = F.gelu(hidden) if activation == "gelu" else F.relu(hidden)
+                y = y + scale * F.linear(hidden, one["w_out"], one.get("b_out"))
+        rows.append(y)
+    return torch.stack(rows)
+
+
+@interpreted
+@pytest.mark.parametrize(
+    "rows, dim, hidden, E, top_k, activation, bias",
+    [
+        (37, 48, 80, 3, 2, "gelu", True),
+        (150, 32, 32, 2, 1, "relu", False),
+        (29, 112, 48, 5, 3, "swiglu", True),
+        (20, 192, 64, 4, 1, "gelu", False),
+    ],
+)
+def test_output_and_gradients_are_those_of_a_float64_loop(
+    rows: int, dim: int, hidden: int, E: int, top_k: int, activation: str, bias: bool
+) -> None:
+    from vlmoe.nn.experts import experts
+
+    torch.manual_seed(rows)
+    bank = {"w_in": torch.randn(E, hidden, dim) / dim**0.5, "w_out": torch.randn(E, dim, hidden) / hidden**0.5}
+    if bias:
+        bank |= {"b_in": torch.randn(E, hidden), "b_out": torch.randn(E, dim)}
+    if activation == "swiglu":
+        bank |= {"w_gate": torch.randn(E, hidden, dim) / dim**0.5, "b_gate": torch.randn(E, hidden)}
+    half = {"x": torch.randn(rows, dim), "weights": torch.rand(rows, top_k)} | bank
+    half = {name: t if name == "weights" else t.half() for name, t in half.items()}
+    expert_ids = torch.rand(rows, E + 1).topk(top_k).indices  # the last one is "no expert"
+    dy = torch.randn(rows, dim).half()
+
+    fast = {name: t.clone().requires_grad_() for name, t in half.items()}
+    rest = {name: fast[name] for name in NAMES[2:] if name in fast}
+    y = experts(
+        fast["x"], expert_ids, fast["weights"], fast["w_in"], fast["w_out"], **rest, activation=activation,
+        backend="triton",
+    )  # fmt: skip
+    y.backward(dy)
+    slow = {name: t.double().requires_grad_() for name, t in half.items()}
+    want = oracle(slow["x"], expert_ids, slow["weights"], {name: slow[name] for name in bank}, activation)
+    want.backward(dy.double())
+    for name, got, right in [("y", y, want)] + [(name, fast[name].grad, slow[name].grad) for name in half]:
+        assert (got - right).norm() <= 2e-3 * right.norm(), name
+
+
+@interpreted
+def test_rows_without_experts_and_no_rows() -> None:
+    from vlmoe.nn.experts import experts
+
+    x, w_in, w_out = torch.randn(5, 16).half(), torch.randn(2, 16, 16).half(), torch.randn(2, 16, 16).half()
+    leaves = [t.requires_grad_() for t in (x, w_in, w_out)]
+    experts(x, torch.full((5, 1), 2), torch.rand(5, 1), w_in, w_out, backend="triton").sum().backward()
+    assert all(t.grad is not None and not t.grad.any() for t in leaves)
+    assert experts(x[:0], torch.zeros(0, 1).long(), torch.rand(0, 1), w_in, w_out, backend="triton").shape == (0, 16)
+
+
+@interpreted
+@pytest.mark.parametrize("rows, E, top_k", [(300, 7, 3), (40, 32, 2), (9, 1, 1)])
+def test_routing_is_top_k_and_a_stable_sort(rows: int, E: int, top_k: int) -> None:
+    from vlmoe.nn.kernels import ops
+
+    torch.manual_seed(rows)
+    logits = torch.randn(rows, E)
+    logits[::4] = logits[::4].round()  # ties
+    fast, slow = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    probs, ids = ops.top_k_softmax(fast, top_k)
+    want_ids = logits.argsort(dim=1, descending=True, stable=True)[:, :top_k]
+    assert torch.equal(ids, want_ids)
+    want = slow.softmax(-1).gather(1, want_ids)
+    torch.testing.assert_close(probs, want)
+    grad = torch.randn_like(probs)
+    probs.backward(grad)
+    want.backward(grad)
+    torch.testing.assert_close(fast.grad, slow.grad)
+
+    ids[::5] = E
+    order, ends = ops.order_slots(ids, E)
+    flat = ids.flatten()
+    kept = int((flat < E).sum())
+    assert torch.equal(order[:kept].long(), flat.argsort(stable=True)[:kept])
+    assert torch.equal(ends.long(), flat.bincount(minlength=E + 1)[:E].cumsum(0))
+
+
+@interpreted
+@pytest.mark.parametrize("compiled", [False, True])
+def test_autocast_checkpointing_and_one_graph(compiled: bool) -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    from vlmoe.nn.experts import Experts
+
+    torch.manual_seed(0)
+    layer = Experts(32, 32, 3, backend="triton")
+    function = torch.compile(layer, fullgraph=True, backend="aot_eager") if compiled else layer
+    x = torch.randn(20, 32, requires_grad=True)
+    ids, weights = torch.rand(20, 3).topk(2).indices, torch.rand(20, 2)
+    grads = []
+    for call in (function, lambda *a: checkpoint(function, *a, use_reentrant=False)):
+        with torch.autocast("cpu", torch.float16):
+            y = call(x, ids, weights)
+        assert y.dtype == torch.float16
+        grads.append(torch.autograd.grad(y.float().square().mean(), [x, *layer.parameters()]))
+    for first, second in zip(*grads, strict=True):
+        assert first.dtype == torch.float32
+        assert torch.equal(first, second)
+
+
+def test_a_cpu_is_no_gpu() -> None:
+    from vlmoe.nn.kernels import triton_problem
+
+    assert INTERPRETED or "needs a GPU" in (triton_problem(torch.zeros(2, 64).half(), 64) or "")
+
+
+@interpreted
+@pytest.mark.parametrize(
+    "x, hidden, words",
+    [
+        (torch.zeros(2, 64), 64, "float32"),
+        (torch.zeros(2, 40).half(), 64, "16 to 384"),
+        (torch.zeros(2, 64).half(), 40, "hidden_dim"),
+    ],
+)
+def test_what_the_kernels_cannot_run_is_said(x: Tensor, hidden: int, words: str) -> None:
+    from vlmoe.nn.kernels import triton_problem
+
+    problem = triton_problem(x, hidden)
+    assert problem is not None and words in problem

@@ -1,0 +1,117 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from vlmoe.nn.attention import Attention, plain_attention
+from vlmoe.nn.embed import TextEmbed, VisionEmbed, resize_positions
+from vlmoe.nn.ffn import FeedForward
+from vlmoe.nn.mhmoe import MHMoE
+from vlmoe.nn.multiway import PER_MODALITY, SHARED, Multiway, MultiwayFFN
+
+
+@pytest.mark.parametrize(
+    ("copies", "image_only", "text_only", "pair"),
+    [
+        (PER_MODALITY, "VVVVV", "TTTTT", "VVTTT"),
+        (SHARED, "SSSSS", "SSSSS", "SSSSS"),
+        ((*PER_MODALITY, "vl"), "VVVVV", "TTTTT", "LLLLL"),
+        ((*SHARED, "vl"), "SSSSS", "SSSSS", "LLLLL"),
+    ],
+)
+def test_each_position_passes_its_copy(copies, image_only, text_only, pair):
+    module = Multiway(lambda: nn.Linear(1, 1), copies=copies)
+    letters = {"vision": "V", "text": "T", "vl": "L", "shared": "S"}
+    for name, copy in module.named_children():
+        nn.init.zeros_(copy.weight)
+        nn.init.constant_(copy.bias, ord(letters[name]))
+    for num_vision, expected in ((5, image_only), (0, text_only), (2, pair)):
+        passed = module(torch.zeros(1, 5, 1), num_vision).flatten().int().tolist()
+        assert "".join(map(chr, passed)) == expected
+
+
+def test_ffn_names_its_routings_and_hides_padding():
+    def make():
+        return MHMoE(dim=8, hidden_dim=8, num_experts=2, top_k=1, num_heads=2)
+
+    x, padding = torch.randn(3, 5, 8), torch.zeros(3, 5, dtype=torch.bool)
+    padding[0, 4] = True
+    ffn = MultiwayFFN(8, make, norm_copies=PER_MODALITY, copies=PER_MODALITY)
+    _, routings = ffn(x, 2, padding)
+    assert {name: len(each.logits) for name, each in routings.items()} == {"vision": 12, "text": 18}
+    assert routings["vision"].is_padding is None and routings["text"].is_padding.sum() == 2
+
+    bank = MultiwayFFN(8, make, norm_copies=PER_MODALITY, copies=SHARED)
+    _, routings = bank(x, 2, padding)
+    assert {name: len(each.logits) for name, each in routings.items()} == {"shared": 30}
+    assert routings["shared"].is_padding.sum() == 2
+
+    dense = MultiwayFFN(8, lambda: FeedForward(8, 16), norm_copies=PER_MODALITY, copies=PER_MODALITY)
+    assert dense(x, 2, padding)[1] == {}
+
+
+@pytest.mark.parametrize("activation", ["gelu", "relu", "swiglu"])
+@pytest.mark.parametrize("sub_layernorm", [True, False])
+def test_feed_forward_is_its_formula(activation, sub_layernorm):
+    ffn, x = FeedForward(6, 10, activation=activation, sub_layernorm=sub_layernorm), torch.randn(4, 6)
+    hidden = x @ ffn.fc1.weight.T + ffn.fc1.bias
+    if activation == "swiglu":
+        gate = x @ ffn.fc_gate.weight.T + ffn.fc_gate.bias
+        hidden = gate * torch.sigmoid(gate) * hidden
+    elif activation == "relu":
+        hidden = hidden.clamp(min=0)
+    else:
+        hidden = hidden * (1 + torch.erf(hidden / 2**0.5)) / 2
+    if sub_layernorm:
+        hidden = (hidden - hidden.mean(-1, keepdim=True)) / (hidden.var(-1, keepdim=True, unbiased=False) + 1e-5).sqrt()
+    torch.testing.assert_close(ffn(x), hidden @ ffn.fc2.weight.T + ffn.fc2.bias)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_plain_attention_equals_the_fused_one(masked):
+    q, k, v = torch.randn(3, 2, 4, 7, 5, dtype=torch.float64)
+    visible = torch.rand(2, 1, 7, 7) < 0.6 if masked else None
+    if visible is not None:
+        visible |= torch.eye(7, dtype=torch.bool)
+    fused = F.scaled_dot_product_attention(q, k, v, visible)
+    torch.testing.assert_close(plain_attention(q, k, v, visible), fused)
+
+
+def test_attention_scores_are_joint_in_both_styles():
+    """Copies of one set of weights, or the set itself: the same function."""
+    shared, decoupled = Attention(8, 2, copies=SHARED), Attention(8, 2, copies=PER_MODALITY)
+    state = shared.state_dict()
+    copied = {k.replace("shared", m): v for k, v in state.items() for m in PER_MODALITY}
+    decoupled.load_state_dict(copied)
+    x = torch.randn(2, 6, 8)
+    torch.testing.assert_close(decoupled(x, 4, None), shared(x, 4, None))
+
+
+def test_position_tables_are_resized_as_images():
+    table = torch.arange(2 * 19, dtype=torch.float32).reshape(19, 2)
+    assert resize_positions(table, 4) is table
+    resized = resize_positions(table, 6)
+    assert resized.shape == (39, 2) and torch.equal(resized[:3], table[:3])
+    grid = table[3:].reshape(4, 4, 2)
+    for channel in range(2):
+        image = F.interpolate(grid[None, None, ..., channel], size=(6, 6), mode="bicubic", align_corners=False)
+        torch.testing.assert_close(resized[3:, channel], image.flatten())
+    with pytest.raises(ValueError, match="20 rows"):
+        resize_positions(torch.zeros(20, 2), 4)
+
+
+def test_inputs_that_the_tables_do_not_cover():
+    vision, text = VisionEmbed(image_size=8, patch_size=4, dim=4), TextEmbed(vocab_size=9, max_length=3, dim=4)
+    with pytest.raises(ValueError, match="made for 8"):
+        vision(torch.zeros(1, 3, 12, 12))
+    with pytest.raises(ValueError, match="made for 3"):
+        text(torch.zeros(1, 4, dtype=torch.long))
+
+
+def test_masked_patches_say_nothing_of_their_pixels():
+    vision, image = VisionEmbed(image_size=8, patch_size=4, dim=4), torch.randn(1, 3, 8, 8)
+    other = image.clone()
+    other[..., :4, 4:] = 9.0  # the second patch
+    is_masked = torch.tensor([[False, True, False, False]])
+    assert torch.equal(vision(image, is_masked), vision(other, is_masked))
+    assert not torch.equal(vision(image), vision(other))

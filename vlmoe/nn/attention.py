@@ -1,0 +1,61 @@
+"""Self-attention over the packed sequence.  Axes: B samples, S positions, d width, a attention heads."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from vlmoe.nn.multiway import Multiway, NormLinear
+
+
+class Attention(nn.Module):
+    """Pre-norm attention with Magneto's second norm before the output projection (arXiv:2210.06423).
+
+    Scores are joint over all positions, whatever the copies are.
+
+    Args:
+        dim: d, a multiple of `attn_heads`.
+        attn_heads: a.
+        copies: copies of projections and norms: per modality (released BEiT-3) or shared (the paper), see `Multiway`.
+    """
+
+    def __init__(self, dim: int, attn_heads: int, *, copies: Sequence[str]) -> None:
+        super().__init__()
+        if dim % attn_heads:
+            raise ValueError(f"dim {dim} is not divisible by attn_heads {attn_heads}")
+        self.attn_heads = attn_heads
+        self.qkv = Multiway(lambda: NormLinear(dim, 3 * dim), copies=copies)  # rows: queries, keys, values
+        self.out = Multiway(lambda: NormLinear(dim, dim), copies=copies)
+
+    def forward(
+        self, x: Float[Tensor, "B S d"], num_vision: int, visible: Bool[Tensor, "#B 1 #S S"] | None
+    ) -> Float[Tensor, "B S d"]:
+        """`visible` is True where a row may attend to a column; None: everywhere."""
+        q, k, v = split_heads(self.qkv(x, num_vision), self.attn_heads)
+        # On CPUs the fused kernel gains nothing at our lengths, and the plain form rounds as the released models do.
+        attend = plain_attention if x.device.type == "cpu" else F.scaled_dot_product_attention
+        y = attend(q, k, v, visible)
+        return self.out(y.transpose(1, 2).flatten(2), num_vision)
+
+
+def split_heads(
+    qkv: Float[Tensor, "B S three_d"], attn_heads: int
+) -> tuple[Float[Tensor, "B a S d_head"], Float[Tensor, "B a S d_head"], Float[Tensor, "B a S d_head"]]:
+    """Queries, keys and values of each head, from the three projections side by side."""
+    q, k, v = qkv.unflatten(-1, (3, attn_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    return q, k, v
+
+
+def plain_attention(
+    q: Float[Tensor, "B a S d_head"],
+    k: Float[Tensor, "B a S d_head"],
+    v: Float[Tensor, "B a S d_head"],
+    visible: Bool[Tensor, "#B 1 #S S"] | None = None,
+) -> Float[Tensor, "B a S d_head"]:
+    """softmax(q k^T / sqrt(d_head)) v, operation for operation as in torchscale 0.3.0, on which BEiT-3 stands."""
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+    if visible is not None:
+        scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
+    return scores.softmax(-1) @ v
