@@ -1,0 +1,190 @@
+"""The Triton kernels on a GPU, against a loop in float64: `pytest -m gpu tests/gpu`."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vlmoe.nn.experts import ACTIVATIONS, Experts, experts
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+NAMES = ("w_in", "w_out", "b_in", "b_out", "w_gate", "b_gate")
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> None:
+    """What the allocator hands out next is full of NaN, so an element that nothing writes shows."""
+    blocks = [torch.full((64 << 20,), torch.nan, device="cuda") for _ in range(8)]
+    blocks += [torch.full((n,), torch.nan, device="cuda") for n in (64, 4096, 60_000, 200_000) for _ in range(16)]
+    del blocks
+
+
+def oracle(x: Tensor, ids: Tensor, weights: Tensor, bank: dict[str, Tensor], activation: str) -> Tensor:
+    y = torch.zeros_like(x)
+    for e in range(len(bank["w_in"])):
+        row, j = (ids == e).nonzero(as_tuple=True)
+        one = {name: w[e] for name, w in bank.items()}
+        hidden = F.linear(x[row], one["w_in"], one.get("b_in"))
+        if activation == "swiglu":
+            hidden = F.silu(F.linear(x[row], one["w_gate"], one.get("b_gate"))) * hidden
+        else:
+            hidden = ACTIVATIONS[activation](hidden)
+        y = y.index_add(0, row, weights[row, j, None] * F.linear(hidden, one["w_out"], one.get("b_out")))
+    return y
+
+
+def draw(rows, dim, hidden, E, top_k, activation="gelu", bias=True, dtype=torch.bfloat16, skew=0.0, padding=0.0):
+    def normal(*shape: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(*shape, device="cuda") * scale).to(dtype)
+
+    scores = torch.rand(rows, E, device="cuda") - skew * torch.arange(E, device="cuda")
+    ids = scores.topk(top_k).indices
+    ids = torch.where(torch.rand(rows, 1, device="cuda") < padding, E, ids)
+    bank = {"w_in": normal(E, hidden, dim, scale=dim**-0.5), "w_out": normal(E, dim, hidden, scale=hidden**-0.5)}
+    if bias:
+        bank |= {"b_in": normal(E, hidden), "b_out": normal(E, dim)}
+    if activation == "swiglu":
+        bank |= {"w_gate": normal(E, hidden, dim, scale=dim**-0.5)} | ({"b_gate": normal(E, hidden)} if bias else {})
+    return normal(rows, dim), ids, torch.rand(rows, top_k, device="cuda"), bank, normal(rows, dim)
+
+
+def run(function, x, ids, weights, bank, dy, dtype=None) -> dict[str, Tensor]:
+    """Output and all gradients, by name."""
+    leaves = {"x": x, "weights": weights, **bank}
+    leaves = {name: (t if dtype is None else t.to(dtype)).detach().requires_grad_() for name, t in leaves.items()}
+    y = function(leaves["x"], ids, leaves["weights"], {name: leaves[name] for name in bank})
+    y.backward(dy.to(y.dtype))
+    return {"y": y.detach()} | {name: t.grad for name, t in leaves.items()}
+
+
+def with_backend(backend: str, activation: str = "gelu"):
+    def function(x, ids, weights, bank):
+        w_in, w_out, *_ = bank.values()
+        rest = {name: bank[name] for name in NAMES[2:] if name in bank}
+        return experts(x, ids, weights, w_in, w_out, **rest, activation=activation, backend=backend)
+
+    return function
+
+
+def error(got: Tensor, want: Tensor) -> float:
+    return ((got.double() - want).norm() / want.norm().clamp(min=1e-30)).item()
+
+
+CASES = [
+    {"rows": 4096, "dim": 192, "hidden": 1152, "E": 32, "top_k": 2},
+    {"rows": 5001, "dim": 192, "hidden": 1152, "E": 8, "top_k": 2, "skew": 0.2, "padding": 0.3},
+    {"rows": 4099, "dim": 128, "hidden": 576, "E": 32, "top_k": 3},
+    {"rows": 3001, "dim": 256, "hidden": 1536, "E": 8, "top_k": 2},
+    {"rows": 1234, "dim": 384, "hidden": 768, "E": 8, "top_k": 1},
+    {"rows": 8191, "dim": 64, "hidden": 256, "E": 256, "top_k": 2},
+    {"rows": 77, "dim": 96, "hidden": 80, "E": 256, "top_k": 1},
+    {"rows": 2000, "dim": 96, "hidden": 400, "E": 1, "top_k": 1},
+    {"rows": 3000, "dim": 112, "hidden": 144, "E": 8, "top_k": 2, "skew": 1.0},
+    {"rows": 3000, "dim": 336, "hidden": 208, "E": 8, "top_k": 3},
+    {"rows": 40_000, "dim": 192, "hidden": 1152, "E": 32, "top_k": 2, "skew": 0.01},
+    {"rows": 1, "dim": 64, "hidden": 64, "E": 32, "top_k": 2},
+]
+
+
+@pytest.mark.parametrize("shape", CASES, ids=lambda s: "-".join(map(str, s.values())))
+@pytest.mark.parametrize(
+    "activation, bias, dtype",
+    [
+        ("gelu", True, torch.bfloat16),
+        ("relu", False, torch.float16),
+        ("swiglu", True, torch.bfloat16),
+    ],
+)
+def test_equal_to_a_float64_loop_and_no_worse_than_grouped(shape, activation, bias, dtype):
+    drawn = draw(**shape, activation=activation, bias=bias, dtype=dtype)
+    want = run(lambda *a: oracle(*a, activation), *drawn, dtype=torch.float64)
+    got = run(with_backend("triton", activation), *drawn)
+    grouped = run(with_backend("grouped", activation), *drawn)
+    for name in want:
+        ours, theirs = error(got[name], want[name]), error(grouped[name], want[name])
+        assert ours <= 1e-2, (name, ours)
+        assert ours <= 1.1 * theirs + 1e-4, (name, ours, theirs)
+
+
+def test_two_runs_agree_to_the_bit():
+    drawn = draw(rows=20_000, dim=192, hidden=1152, E=32, top_k=3)
+    first, second = (run(with_backend("triton"), *drawn) for _ in range(2))
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+def test_waits_for_the_device_never():
+    drawn = draw(rows=3000, dim=192, hidden=1152, E=32, top_k=2)
+    run(with_backend("triton"), *drawn)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run(with_backend("triton"), *drawn)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_no_rows_and_no_kept_rows():
+    x, ids, weights, bank, dy = draw(rows=50, dim=192, hidden=1152, E=4, top_k=2)
+    got = run(with_backend("triton"), x[:0], ids[:0], weights[:0], bank, dy[:0])
+    assert got["w_in"].abs().max() == 0
+    got = run(with_backend("triton"), x, torch.full_like(ids, 4), weights, bank, dy)
+    assert all(t.abs().max() == 0 for t in got.values())
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_autocast_checkpointing_and_compile(compiled):
+    from torch.utils.checkpoint import checkpoint
+
+    layer = Experts(192, 1152, 8, backend="triton").cuda()
+    plain = Experts(192, 1152, 8, backend="grouped").cuda()
+    plain.load_state_dict(layer.state_dict())
+    x = torch.randn(2000, 192, device="cuda")
+    ids, weights = torch.rand(2000, 8, device="cuda").topk(2).indices, torch.rand(2000, 2, device="cuda")
+    function = torch.compile(layer, fullgraph=True) if compiled else layer
+    grads = []
+    for call in (lambda *a: checkpoint(function, *a, use_reentrant=False), plain):
+        leaf = x.clone().requires_grad_()
+        with torch.autocast("cuda", torch.bfloat16):
+            y = call(leaf, ids, weights)
+        assert y.dtype == torch.bfloat16
+        y.float().square().mean().backward()
+        grads.append(leaf.grad)
+    assert error(grads[0], grads[1].double()) < 1e-2
+    for ours, theirs in zip(layer.parameters(), plain.parameters(), strict=True):
+        assert ours.grad.dtype == torch.float32
+        assert error(ours.grad, theirs.grad.double()) < 1e-2
+
+
+def test_sixteen_million_slots():
+    rows = 8 << 20
+    x, ids, weights, bank, _ = draw(rows=rows, dim=192, hidden=64, E=8, top_k=2)
+    with torch.no_grad():
+        y = with_backend("triton")(x, ids, weights, bank)
+        part = slice(rows - 1000, rows)
+        want = with_backend("grouped")(x[part], ids[part], weights[part], bank)
+    assert error(y[part], want.double()) < 1e-2
+    assert y.isfinite().all()
+
+
+@pytest.mark.parametrize("rows, E, top_k", [(262_144, 32, 2), (1001, 7, 3), (3, 256, 1), (70_000, 256, 4)])
+def test_routing_equals_topk_and_stable_argsort(rows, E, top_k):
+    from vlmoe.nn.kernels import ops
+
+    logits = torch.randn(rows, E, device="cuda").requires_grad_()
+    probs, ids = ops.top_k_softmax(logits, top_k)
+    twin = logits.detach().clone().requires_grad_()
+    want_ids = twin.argsort(dim=1, descending=True, stable=True)[:, :top_k]
+    assert torch.equal(ids, want_ids)
+    want = twin.softmax(-1).gather(1, want_ids)
+    torch.testing.assert_close(probs, want, rtol=1e-5, atol=1e-7)
+    grad = torch.randn_like(probs)
+    probs.backward(grad)
+    want.backward(grad)
+    torch.testing.assert_close(logits.grad, twin.grad, rtol=1e-4, atol=1e-6)
+    ids[::3] = E
+    order, ends = ops.order_slots(ids, E)
+    flat = ids.flatten()
+    kept = int((flat < E).sum())
+    assert torch.equal(order[:kept].long(), flat.argsort(stable=True)[:kept])
+    assert torch.equal(ends.long(), flat.bincount(minlength=E + 1)[:E].cumsum(0))

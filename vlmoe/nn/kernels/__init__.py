@@ -1,0 +1,77 @@
+"""Triton kernels for sub-token experts: both products of an expert on chip, and routing in a few launches.
+
+Triton is imported with the first call: it is not there on every machine that the rest of vlmoe.nn runs on.
+Axes: `rows` with `top_k` slots each, `dim` of a row, `experts`, `hidden`.
+"""
+
+import importlib.util
+import os
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from vlmoe.nn.experts import ExpertWeights
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton then runs kernels on the CPU, slowly
+
+
+def triton_experts(
+    x: Float[Tensor, "rows dim"],
+    expert_ids: Int[Tensor, "rows top_k"],
+    weights: Float[Tensor, "rows top_k"],
+    bank: "ExpertWeights",
+    activation: str,
+) -> Float[Tensor, "rows dim"]:
+    """The backend "triton" of `vlmoe.nn.experts.experts`: deterministic, without a host sync, float32 sums.
+
+    Raises:
+        ValueError: the kernels cannot run this dtype or these widths.
+    """
+    if problem := triton_problem(x, bank.w_in.shape[1]):
+        raise ValueError(problem)
+    from vlmoe.nn.kernels import ops
+
+    order, ends = ops.order_slots(expert_ids, len(bank.w_in))
+    return ops.expert_mlp(
+        x, expert_ids, weights, order, ends, bank.w_in, bank.w_out, bank.b_in, bank.b_out, bank.w_gate, bank.b_gate,
+        activation,
+    )  # fmt: skip
+
+
+def triton_problem(x: Float[Tensor, "rows dim"], hidden_dim: int) -> str | None:
+    """Why the kernels cannot run here, or None."""
+    if not HAS_TRITON:
+        return "backend 'triton' needs the package triton; use backend 'grouped'"
+    if not x.is_cuda and not INTERPRETED:
+        return "backend 'triton' needs a GPU; use backend 'auto'"
+    if x.is_cuda and _shared_memory(x.device.index) < 227 << 10:
+        return "backend 'triton' needs 227 KiB of shared memory per block (H100, H200, B200); use backend 'grouped'"
+    if x.dtype not in (torch.bfloat16, torch.float16):
+        return f"backend 'triton' cannot run {x.dtype}; use bfloat16 autocast, or backend 'grouped'"
+    if x.shape[1] % 16 or not 16 <= x.shape[1] <= 384:
+        return f"backend 'triton' needs rows of 16 to 384 features, a multiple of 16, not {x.shape[1]}; use 'grouped'"
+    if hidden_dim % 16:
+        return f"backend 'triton' needs a hidden_dim that is a multiple of 16, not {hidden_dim}; use 'grouped'"
+    return None
+
+
+def top_k_softmax(
+    logits: Float[Tensor, "rows experts"], top_k: int
+) -> tuple[Float[Tensor, "rows top_k"], Int[Tensor, "rows top_k"]]:
+    """`logits.softmax(-1).topk(top_k)`, for float32 logits on a GPU in one kernel, ties to the lower expert."""
+    if not logits.is_cuda or logits.dtype != torch.float32 or not HAS_TRITON:
+        probs, expert_ids = logits.softmax(-1).topk(top_k, dim=-1)
+        return probs, expert_ids
+    from vlmoe.nn.kernels import ops
+
+    return ops.top_k_softmax(logits, top_k)
+
+
+@torch.compiler.assume_constant_result
+def _shared_memory(device_index: int) -> int:
+    """Bytes that a block may ask for."""
+    return torch.cuda.get_device_properties(device_index).shared_memory_per_block_optin

@@ -1,0 +1,58 @@
+"""Block sizes of the kernels, chosen by measurement (docs/benchmarks/kernel-log.md); nothing is tuned at run time."""
+
+from typing import NamedTuple
+
+
+class Tile(NamedTuple):
+    block_m: int  # slots
+    block_n: int  # hidden columns per step
+    warps: int
+    stages: int  # depth of the load pipeline
+
+
+class WeightTile(NamedTuple):
+    block_f: int  # hidden rows of a weight gradient
+    block_k: int  # slots per step
+    warps: int
+    stages: int
+
+
+class Split(NamedTuple):
+    """A width as the sum of two powers of two, padded where it is none."""
+
+    first: int
+    second: int  # 0: none
+
+
+CHUNK_BYTES = 160 << 20  # buffer of the backward pass; a chunk is at least one tile per multiprocessor
+
+
+def split_width(dim: int) -> Split:
+    """192 -> 128 + 64, 96 -> 64 + 32, 112 -> 64 + 64 (padded)."""
+    first = 1 << (dim.bit_length() - 1)
+    rest = dim - first
+    return Split(first, max(16, 1 << (rest - 1).bit_length()) if rest else 0)
+
+
+def forward_tile(dim: int, gated: bool) -> Tile:
+    if dim > 256 or (gated and dim > 192):
+        return Tile(64, 32, 4, 2)
+    if dim <= 128 and not gated:
+        return Tile(128, 64, 4, 2)
+    return Tile(128, 64, 8, 3 if dim <= 192 and not gated else 2)
+
+
+def row_gradients_tile(dim: int, gated: bool) -> Tile:
+    if dim > 256 or (gated and dim > 128):
+        return Tile(64, 32, 4, 1)
+    if dim <= 128:
+        return Tile(128, 32 if gated else 64, 8, 3)
+    return Tile(128, 32, 8, 3 if dim <= 192 else 2)
+
+
+def weight_gradients_tile(dim: int) -> WeightTile:
+    if dim > 256:
+        return WeightTile(64, 64, 4, 2)
+    if dim <= 128:
+        return WeightTile(128, 64, 4, 3)
+    return WeightTile(128, 64, 8, 4) if dim <= 192 else WeightTile(128, 32, 8, 6)

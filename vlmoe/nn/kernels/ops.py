@@ -1,0 +1,281 @@
+# pyright: reportCallIssue=false, reportArgumentType=false
+# (a launch takes plain values where the kernel's signature says constexpr)
+"""The kernels as `torch.library` operators with gradients, so that a compiled model stays one graph.
+
+Axes: `rows` of width `dim` with `top_k` slots each; `slots` = rows * top_k; `experts`; `hidden`.
+"""
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from vlmoe.nn.kernels import configs, routing
+from vlmoe.nn.kernels import expert_mlp as forward_kernels
+from vlmoe.nn.kernels import expert_mlp_backward as backward_kernels
+
+
+@torch.library.custom_op("vlmoe::top_k_softmax", mutates_args=())
+def top_k_softmax(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """Softmax probabilities (float32) and ids of the `top_k` largest of float32 logits [rows, experts], best first.
+
+    Equal logits: the lower expert first.
+    """
+    logits = logits.contiguous()
+    rows, E = logits.shape
+    probs, ids = _new_top_k(logits, top_k)
+    block, experts = _row_block(E)
+    routing.top_k_softmax[(triton.cdiv(rows, block),)](logits, probs, ids, rows, E, top_k, experts, block)
+    return probs, ids
+
+
+@top_k_softmax.register_fake
+def _new_top_k(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    shape = (logits.shape[0], top_k)
+    return logits.new_empty(shape, dtype=torch.float32), logits.new_empty(shape, dtype=torch.int64)
+
+
+@torch.library.custom_op("vlmoe::top_k_softmax_backward", mutates_args=())
+def top_k_softmax_backward(logits: Tensor, expert_ids: Tensor, dprobs: Tensor) -> Tensor:
+    logits, dprobs = logits.contiguous(), dprobs.contiguous()
+    rows, E = logits.shape
+    dlogits = torch.empty_like(logits)
+    block, experts = _row_block(E)
+    routing.top_k_softmax_backward[(triton.cdiv(rows, block),)](
+        logits, expert_ids, dprobs, dlogits, rows, E, expert_ids.shape[1], experts, block
+    )
+    return dlogits
+
+
+@top_k_softmax_backward.register_fake
+def _(logits: Tensor, expert_ids: Tensor, dprobs: Tensor) -> Tensor:
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+def _save_top_k(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(inputs[0], output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _top_k_gradient(ctx: Any, dprobs: Tensor, dids: Tensor | None) -> tuple[Tensor, None]:
+    logits, expert_ids = ctx.saved_tensors
+    return top_k_softmax_backward(logits, expert_ids, dprobs), None
+
+
+top_k_softmax.register_autograd(_top_k_gradient, setup_context=_save_top_k)
+
+
+@torch.library.custom_op("vlmoe::order_slots", mutates_args=())
+def order_slots(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """Slots sorted by expert, stable, int32 [slots], and the place behind each expert's last slot, int32 [experts].
+
+    Slots whose id is `num_experts` have no place: as many entries at the end are uninitialised.
+    """
+    expert_ids = expert_ids.contiguous()
+    order, ends = _new_order(expert_ids, num_experts)
+    experts = _power_of_two(num_experts)
+    step = max(16, 16384 // experts)
+    steps = max(1, 4096 // step)
+    blocks = max(1, triton.cdiv(expert_ids.numel(), step * steps))
+    counts = expert_ids.new_empty(num_experts, blocks, dtype=torch.int32)
+    constants = {"EXPERTS": experts, "STEP": step, "STEPS": steps}
+    routing.count_slots[(blocks,)](expert_ids, counts, expert_ids.numel(), num_experts, blocks, **constants)
+    behind = counts.flatten().cumsum(0, dtype=torch.int32).view_as(counts)
+    routing.place_slots[(blocks,)](
+        expert_ids, counts, behind, order, expert_ids.numel(), num_experts, blocks, **constants
+    )
+    ends.copy_(behind[:, -1])
+    return order, ends
+
+
+@order_slots.register_fake
+def _new_order(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    order = expert_ids.new_empty(expert_ids.shape[0] * expert_ids.shape[1], dtype=torch.int32)
+    return order, expert_ids.new_empty(num_experts, dtype=torch.int32)
+
+
+@torch.library.custom_op("vlmoe::expert_mlp", mutates_args=())
+def expert_mlp(
+    x: Tensor,
+    expert_ids: Tensor,
+    weights: Tensor,
+    order: Tensor,
+    ends: Tensor,
+    w_in: Tensor,
+    w_out: Tensor,
+    b_in: Tensor | None,
+    b_out: Tensor | None,
+    w_gate: Tensor | None,
+    b_gate: Tensor | None,
+    activation: str,
+) -> Tensor:
+    """y [rows, dim] = sum over each row's slots of weight * f(row); `order` and `ends` are those of `order_slots`."""
+    x, expert_ids, weights = x.contiguous(), expert_ids.contiguous(), weights.contiguous()
+    bank = _contiguous(w_in, w_out, w_gate, b_in, b_out, b_gate)
+    E, hidden, dim = w_in.shape
+    tile = configs.forward_tile(dim, w_gate is not None)
+    tiles = _Tiles(ends, expert_ids.numel(), tile.block_m)
+    y = x.new_empty(expert_ids.numel(), dim)
+    forward_kernels.forward[(tiles.count,)](
+        x, order, ends, tiles.expert, tiles.place, weights, *bank, y, E,
+        TOP_K=expert_ids.shape[1], HIDDEN=hidden, **_widths(dim), BIAS=b_in is not None, ACTIVATION=activation,
+        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, STAGES=tile.stages, num_warps=tile.warps,
+    )  # fmt: skip
+    return _sum_slots(y, expert_ids, E)
+
+
+@expert_mlp.register_fake
+def _(x: Tensor, *others: Any) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("vlmoe::expert_mlp_backward", mutates_args=())
+def expert_mlp_backward(
+    dy: Tensor,
+    x: Tensor,
+    expert_ids: Tensor,
+    weights: Tensor,
+    order: Tensor,
+    ends: Tensor,
+    w_in: Tensor,
+    w_out: Tensor,
+    b_in: Tensor | None,
+    b_out: Tensor | None,
+    w_gate: Tensor | None,
+    b_gate: Tensor | None,
+    activation: str,
+) -> list[Tensor]:
+    """Gradients of x, weights, w_in, w_out, then w_gate, then b_in, b_out and b_gate, as far as these are there."""
+    dy, x, expert_ids, weights = dy.contiguous(), x.contiguous(), expert_ids.contiguous(), weights.contiguous()
+    bank = _contiguous(w_in, w_out, w_gate, b_in, b_out, b_gate)
+    E, hidden, dim = w_in.shape
+    bias, matrices, slots = b_in is not None, 2 if w_gate is None else 3, expert_ids.numel()
+    shape = {"HIDDEN": hidden, **_widths(dim)}
+    by_row, by_weight = configs.row_gradients_tile(dim, w_gate is not None), configs.weight_gradients_tile(dim)
+    tiles = _Tiles(ends, slots, by_row.block_m)
+    blocks = triton.cdiv(hidden, by_weight.block_f)
+    chunk, segment, places = _cut(
+        tiles, by_row.block_m * hidden * matrices * x.element_size(), blocks * matrices, x.device
+    )
+
+    dx_slots, dweights = x.new_empty(slots, dim), torch.zeros_like(weights)
+    chunk_rows = chunk * by_row.block_m
+    hiddens, gathered = x.new_empty(matrices, chunk_rows, hidden), x.new_empty(2, chunk_rows, dim)
+    parts, dw = weights.new_empty(matrices, places, hidden, dim), weights.new_zeros(matrices, E, hidden, dim)
+    bias_parts, db = weights.new_empty(matrices, places, hidden), weights.new_zeros(matrices, E, hidden)
+    db_out_parts = weights.new_empty(tiles.count if bias else 0, dim)
+    for first in range(0, tiles.count, chunk):
+        count = min(chunk, tiles.count - first)
+        at = (ends, tiles.expert, tiles.place)
+        backward_kernels.row_gradients[(count,)](
+            x, dy, order, *at, weights, *bank, dx_slots, dweights, hiddens, gathered, db_out_parts, first, E,
+            chunk_rows,
+            TOP_K=expert_ids.shape[1], **shape, BIAS=bias, ACTIVATION=activation, BLOCK_M=by_row.block_m,
+            BLOCK_N=by_row.block_n, STAGES=by_row.stages, num_warps=by_row.warps,
+        )  # fmt: skip
+        backward_kernels.weight_gradients[(blocks, matrices, triton.cdiv(count, segment))](
+            hiddens, gathered, *at, parts, bias_parts, first, count, E, chunk_rows,
+            SEGMENT=segment, PLACES=places, **shape, BIAS=bias, BLOCK_M=by_row.block_m, BLOCK_F=by_weight.block_f,
+            BLOCK_K=by_weight.block_k, STAGES=by_weight.stages, num_warps=by_weight.warps,
+        )  # fmt: skip
+        for part, total, size in ((parts, dw, hidden * dim), (bias_parts, db, hidden))[: 1 + bias]:
+            block = min(4096, _power_of_two(size))
+            backward_kernels.reduce_segments[(triton.cdiv(size, block), E, matrices)](
+                part, total, tiles.expert, tiles.base, first, count, E,
+                SEGMENT=segment, PLACES=places, SIZE=size, BLOCK=block,
+            )  # fmt: skip
+    gradients = [_sum_slots(dx_slots, expert_ids, E), dweights]
+    gradients += [dw[0].to(x.dtype), dw[1].transpose(1, 2).to(x.dtype, memory_format=torch.contiguous_format)]
+    gradients += [dw[2].to(x.dtype)] if w_gate is not None else []
+    if bias:
+        db_out = x.new_empty(E, dim)
+        backward_kernels.sum_tiles[(E, triton.cdiv(dim, 64))](db_out_parts, db_out, tiles.base, dim, 16, 64)
+        gradients += [db[0].to(x.dtype), db_out]
+        gradients += [db[2].to(x.dtype)] if w_gate is not None else []
+    return gradients
+
+
+@expert_mlp_backward.register_fake
+def _(
+    dy: Tensor, x: Tensor, expert_ids: Tensor, weights: Tensor, order: Tensor, ends: Tensor, w_in: Tensor,
+    w_out: Tensor, b_in: Tensor | None, b_out: Tensor | None, w_gate: Tensor | None, b_gate: Tensor | None,
+    activation: str,
+) -> list[Tensor]:  # fmt: skip
+    like = [x, weights, w_in, w_out, w_gate, b_in, b_out, b_gate if b_in is not None else None]
+    return [torch.empty_like(each, memory_format=torch.contiguous_format) for each in like if each is not None]
+
+
+def _save_expert_mlp(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.activation = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _expert_mlp_gradient(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    saved = ctx.saved_tensors  # once: checkpointing recomputes at the first access and refuses a second
+    b_in, b_out, w_gate, b_gate = saved[7:]
+    left = iter(expert_mlp_backward(dy, *saved, ctx.activation))
+    dx, dweights, dw_in, dw_out = (next(left) for _ in range(4))
+    dw_gate, db_in, db_out, db_gate = (None if each is None else next(left) for each in (w_gate, b_in, b_out, b_gate))
+    return dx, None, dweights, None, None, dw_in, dw_out, db_in, db_out, dw_gate, db_gate, None
+
+
+expert_mlp.register_autograd(_expert_mlp_gradient, setup_context=_save_expert_mlp)
+
+
+class _Tiles:
+    """Where each tile of `block_m` slots stands, for at most `count` tiles: known without asking the device."""
+
+    def __init__(self, ends: Tensor, slots: int, block_m: int) -> None:
+        E = len(ends)
+        self.count = slots // block_m + E
+        self.expert, self.place = ends.new_empty(self.count), ends.new_empty(self.count)
+        self.base = ends.new_empty(E + 1)
+        experts = _power_of_two(E)
+        block = max(16, 4096 // experts)
+        forward_kernels.tile_table[(triton.cdiv(self.count, block),)](
+            ends, self.expert, self.place, self.base, self.count, E, EXPERTS=experts, BLOCK_M=block_m, BLOCK=block
+        )
+
+
+def _cut(tiles: _Tiles, tile_bytes: int, programs: int, device: torch.device) -> tuple[int, int, int]:
+    """Tiles per chunk, tiles per segment, and places for the parts of a chunk. `programs` is those per segment.
+
+    Chunks are whole waves of tiles, and segments as many as fill one wave.
+    """
+    wave = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+    chunk = min(tiles.count, wave * max(1, configs.CHUNK_BYTES // (wave * tile_bytes)))
+    segments = max(1, wave // programs)
+    return chunk, triton.cdiv(chunk, segments), segments + min(len(tiles.base) - 1, chunk)
+
+
+def _sum_slots(y: Tensor, expert_ids: Tensor, E: int) -> Tensor:
+    rows, top_k = expert_ids.shape
+    out = y.new_empty(rows, y.shape[1])
+    width = _power_of_two(y.shape[1])
+    block = max(1, 4096 // width)
+    forward_kernels.sum_slots[(triton.cdiv(rows, block),)](
+        y, expert_ids, out, rows, E, TOP_K=top_k, DIM=y.shape[1], WIDTH=width, BLOCK=block
+    )
+    return out
+
+
+def _widths(dim: int) -> dict[str, int]:
+    first, second = configs.split_width(dim)
+    return {"DIM": dim, "D1": first, "D2": second}
+
+
+def _contiguous(
+    w_in: Tensor, w_out: Tensor, w_gate: Tensor | None, b_in: Tensor | None, b_out: Tensor | None, b_gate: Tensor | None
+) -> list[Tensor]:
+    """In the kernels' order; one that is not there is never read, and `w_in` stands in its place."""
+    return [(w_in if each is None else each).contiguous() for each in (w_in, w_out, w_gate, b_in, b_out, b_gate)]
+
+
+def _row_block(E: int) -> tuple[int, int]:
+    experts = _power_of_two(E)
+    return max(1, 4096 // experts), experts
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()
