@@ -1,0 +1,45 @@
+"""Collation: what is padded, what is stacked, what becomes a list."""
+
+import pytest
+import torch
+
+from vlmoe.data.batch import collate
+
+
+def _sample(length):
+    return {
+        "image": torch.full((3, 2, 2), float(length)),
+        "text": torch.arange(10, 10 + length),
+        "text_masked": torch.ones(length, dtype=torch.bool),
+        "image_masked": torch.tensor([True, False]),
+        "caption": "x" * length,
+        "id": length,
+    }
+
+
+def test_text_is_padded_and_the_rest_is_stacked():
+    batch = collate([_sample(3), _sample(5)], pad_id=1, max_text_length=20)
+    assert list(batch) == ["image", "text", "text_padding", "text_masked", "image_masked", "caption", "id"]
+    assert batch["text"].tolist() == [[10, 11, 12, 1, 1, 1, 1, 1], [10, 11, 12, 13, 14, 1, 1, 1]]
+    assert batch["text"].dtype == torch.int64
+    assert batch["text_padding"].tolist() == (batch["text"] == 1).tolist()
+    assert batch["text_masked"].tolist() == (batch["text"] != 1).tolist()
+    assert batch["image"].shape == (2, 3, 2, 2) and batch["image_masked"].shape == (2, 2)
+    assert batch["caption"] == ["xxx", "xxxxx"] and batch["id"] == [3, 5]
+
+
+def test_a_padding_id_inside_a_text_is_a_token():
+    batch = collate([{"text": torch.tensor([0, 1, 2])}], pad_id=1)
+    assert batch["text_padding"][0].tolist() == [False] * 3 + [True] * 5
+
+
+@pytest.mark.parametrize(
+    ("longest", "limit", "width"), [(8, 20, 8), (9, 20, 16), (17, 20, 20), (20, 20, 20), (9, None, 16)]
+)
+def test_padded_width(longest, limit, width):
+    assert collate([_sample(2), _sample(longest)], pad_id=1, max_text_length=limit)["text"].shape == (2, width)
+
+
+def test_text_needs_a_pad_id():
+    with pytest.raises(ValueError, match="pad_id"):
+        collate([_sample(2)])

@@ -1,0 +1,55 @@
+"""Prepared samples of one stream -> one dict of tensors.
+
+Axes: batch, length (text positions).
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LENGTH_MULTIPLE = 8  # padded text lengths are multiples of it: fewer shapes, aligned rows
+
+
+def collate(
+    samples: Sequence[Mapping[str, Any]], *, pad_id: int | None = None, max_text_length: int | None = None
+) -> dict[str, Any]:
+    """Stack the samples of one stream; all have the same keys.
+
+    - `text` (int64 ids [length]) is padded with `pad_id` to the longest, rounded up to a multiple of 8 but not above
+      `max_text_length`; `text_padding` [batch, length] comes with it, True where there is no token.
+    - one-dimensional tensors named `text_*` are padded to the same length: bool with False, ids with `pad_id`.
+    - other tensors have one shape and are stacked; all else becomes a list.
+
+    Raises:
+        ValueError: there is text but no `pad_id`.
+    """
+    length = _padded_length([len(sample["text"]) for sample in samples if "text" in sample], max_text_length)
+    batch: dict[str, Any] = {}
+    for name, first in samples[0].items():
+        values = [sample[name] for sample in samples]
+        if not isinstance(first, Tensor):
+            batch[name] = values
+        elif name == "text":
+            if pad_id is None:
+                raise ValueError("collate needs the pad_id of the tokenizer for samples with text")
+            batch["text"] = _pad(values, length, pad_id)
+            batch["text_padding"] = ~_pad([torch.ones(len(ids), dtype=torch.bool) for ids in values], length, False)
+        elif name.startswith("text_") and first.ndim == 1:
+            batch[name] = _pad(values, length, False if first.dtype == torch.bool else pad_id or 0)
+        else:
+            batch[name] = torch.stack(values)
+    return batch
+
+
+def _padded_length(lengths: Sequence[int], limit: int | None) -> int:
+    longest = -(-max(lengths, default=0) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
+    return longest if limit is None else min(longest, limit)
+
+
+def _pad(rows: Sequence[Tensor], length: int, value: int | bool) -> Tensor:
+    padded = rows[0].new_full((len(rows), length), value)
+    for row, target in zip(rows, padded, strict=True):
+        target[: len(row)] = row
+    return padded
