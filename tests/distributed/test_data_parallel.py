@@ -1,0 +1,40 @@
+"""Two processes (gloo) compute what one does."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vlmoe.config import load
+from vlmoe.models.weights import latest_checkpoint, read_tensors
+from vlmoe.train.tracker import read_metrics
+from vlmoe.train.trainer import train
+
+
+def test_two_ranks_equal_one_process(pretrain_recipe: Path, tmp_path: Path):
+    changes = ["model.ffn.kind=dense", "model.drop_path=0", "steps=4", "eval_every=4"]
+    train(load(pretrain_recipe, [*changes, f"out={tmp_path / 'one'}"]))
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--standalone",
+        "-m",
+        "vlmoe",
+        "train",
+    ]
+    subprocess.run(
+        [*command, str(pretrain_recipe), *changes, f"out={tmp_path / 'two'}"],
+        check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    one, two = read_metrics(tmp_path / "one"), read_metrics(tmp_path / "two")
+    for ours, theirs in zip(one, two, strict=True):
+        timeless = {key for key in ours if key != "train/seconds" and "image_shuffled" not in key}
+        assert {key: ours[key] for key in timeless} == pytest.approx({key: theirs[key] for key in timeless}, rel=1e-4)
+    weights = [read_tensors(latest_checkpoint(tmp_path / name) / "model.safetensors") for name in ("one", "two")]
+    for name, tensor in weights[0].items():
+        assert (tensor - weights[1][name]).norm() <= 1e-3 * tensor.norm() + 1e-6, name

@@ -1,0 +1,37 @@
+"""A trained run, ready to use."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from vlmoe.config import ClassificationConfig, RunConfig, VQAConfig, load
+from vlmoe.models.weights import latest_checkpoint, load_weights
+from vlmoe.tasks.labels import LABELS_FILE
+from vlmoe.tasks.registry import make_task
+from vlmoe.tasks.task import Task
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    config: RunConfig
+    task: Task
+    model: nn.Module  # in evaluation mode
+    folder: Path  # of the checkpoint
+
+
+def load_run(run: Path, device: torch.device, overrides: list[str]) -> LoadedRun:
+    """The newest checkpoint of a run folder, or the checkpoint of a checkpoint folder.
+
+    Raises:
+        UserError: there is none, or it is damaged or does not fit its recipe.
+    """
+    folder = latest_checkpoint(run)
+    config = load(folder / "recipe.yaml", overrides)
+    if isinstance(config, (VQAConfig, ClassificationConfig)) and (folder / LABELS_FILE).is_file():
+        config.labels = str(folder / LABELS_FILE)
+    task = make_task(config, device)
+    model = task.build_model()
+    load_weights(folder, model)
+    return LoadedRun(config, task, model.to(device).eval(), folder)

@@ -1,0 +1,154 @@
+"""Task `vqa`: answer a question about a picture by choosing among the frequent answers (VQAv2; BEiT-3, appendix).
+
+Binary cross-entropy over all answers with the soft targets of the ten annotators, summed over answers, mean over questions.
+The figure is the official accuracy over every held-out question: one without an answer in the vocabulary counts as wrong.
+"""
+
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from vlmoe.config import VQAConfig
+from vlmoe.data import Example, Examples, Sample, SamplePlace, SampleStream, load_tokenizer
+from vlmoe.errors import UserError
+from vlmoe.metrics import build_answer_vocabulary, soft_targets, vqa_accuracy
+from vlmoe.models.build import build_encoder, check_model
+from vlmoe.models.heads import VQAModel
+from vlmoe.tasks import finetune
+from vlmoe.tasks.labels import LABELS_FILE, labels_text, read_labels
+from vlmoe.tasks.task import Inputs, TaskLoss
+
+
+class VQA:
+    def __init__(self, config: VQAConfig, device: torch.device) -> None:
+        check_model(config.model)
+        self.config, self.streams = config, finetune.STREAMS
+        self.tokenizer = load_tokenizer(config.data.text)
+        self.pad_id, self.max_text_length = self.tokenizer.pad_id, config.model.max_text_length
+        self.labels = read_labels(config.labels) if config.labels else self._frequent_answers()
+        self.number_of = {answer: number for number, answer in enumerate(self.labels)}
+        self.files = {LABELS_FILE: labels_text(self.labels)}
+
+    def build_model(self) -> VQAModel:
+        encoder = build_encoder(self.config.model, self.tokenizer.vocab_size, final_norm=False)
+        model = VQAModel(encoder, len(self.labels))
+        if self.config.freeze_routers:
+            finetune.freeze_routers(model)
+        return model
+
+    def start(self, model: nn.Module) -> None:
+        assert isinstance(model, VQAModel)
+        finetune.start_encoder(model.encoder, self.config, self.tokenizer.vocab_size)
+
+    def describe(self, model: nn.Module) -> str:
+        return finetune.describe_finetune(model, self.config, f"{len(self.labels)} answers")
+
+    @cached_property
+    def training(self) -> Examples:
+        return finetune.open_training(self.config, self.check_labelled)
+
+    @cached_property
+    def held_out(self) -> finetune.HeldOut:
+        return finetune.HeldOut(self.config, self.check)
+
+    def open_streams(self) -> dict[str, SampleStream]:
+        """Questions without any answer of the vocabulary teach nothing and are left out, as in ViLT and BEiT-3."""
+        finetune.check_finetune(self.config)
+        return finetune.stream_of(self.training.where(self.is_known), self.config)
+
+    def open_held_out(self) -> dict[str, Sequence[SamplePlace]]:
+        return self.held_out.places()
+
+    def check(self, example: Example) -> None:
+        finetune.need(example, "vqa", texts=True)
+
+    def check_labelled(self, example: Example) -> None:
+        finetune.need(example, "vqa", texts=True, meta=("answers", "multiple_choice_answer"))
+
+    def is_known(self, example: Example) -> bool:
+        """Whether some answer to the question is in the vocabulary."""
+        return any(answer in self.number_of for answer in soft_targets(example.meta["answers"]))
+
+    def prepare(self, sample: Sample, stream: str, rng: np.random.Generator, training: bool) -> dict[str, Any]:
+        tensors: dict[str, Any] = {
+            "image": finetune.prepare_image(sample.image, self.config, rng, training),
+            "text": finetune.prepare_text(sample.texts[0], self.config, self.tokenizer),
+        }
+        if training:
+            tensors["targets"] = torch.zeros(len(self.labels))
+            for answer, score in soft_targets(sample.meta["answers"]).items():
+                if answer in self.number_of:
+                    tensors["targets"][self.number_of[answer]] = score
+        else:
+            tensors["question"] = sample.meta
+        return tensors
+
+    def num_targets(self, inputs: Inputs) -> dict[str, int]:
+        return {"questions": len(inputs["examples"]["image"]), "micro_batches": 1}
+
+    def loss(self, model: nn.Module, inputs: Inputs, num_targets: dict[str, float]) -> TaskLoss:
+        part = inputs["examples"]
+        out = model(part["image"], part["text"], text_padding=part["text_padding"])
+        loss = F.binary_cross_entropy_with_logits(out.logits.float(), part["targets"], reduction="sum")
+        loss = loss / num_targets["questions"]
+        auxiliary, metrics = finetune.auxiliary_loss(out.routings, self.config, num_targets["micro_batches"])
+        return TaskLoss(loss + auxiliary, {"answers": loss.detach(), **metrics})
+
+    def after_step(self, model: nn.Module, states: list[Any]) -> None:
+        pass
+
+    def predict(self, model: nn.Module, inputs: Inputs) -> list[dict[str, Any]]:
+        """One record per question: its row, and the answer of the highest score."""
+        part = inputs["examples"]
+        out = model(part["image"], part["text"], text_padding=part["text_padding"])
+        best = out.logits.argmax(-1).tolist()
+        return [
+            {**question, "answer": self.labels[label]} for question, label in zip(part["question"], best, strict=True)
+        ]
+
+    def score(self, predictions: list[dict[str, Any]]) -> dict[str, float]:
+        records = self.held_out.in_order(predictions)
+        asked = [each for each in records if "answers" in each]
+        if not asked:  # a test set: only the server has its answers
+            return {"questions": float(len(records))}
+        annotations = [
+            {
+                "question_id": each["id"],
+                "question_type": each["question_type"],
+                "answer_type": each["answer_type"],
+                "answers": [{"answer": said, "answer_id": i} for i, said in enumerate(each["answers"], start=1)],
+            }
+            for each in asked
+        ]
+        answers = [{"question_id": each["id"], "answer": each["answer"]} for each in asked]
+        found = vqa_accuracy({"annotations": annotations}, answers)
+        known = sum(any(answer in self.number_of for answer in soft_targets(each["answers"])) for each in asked)
+        return {
+            "accuracy": found["overall"],
+            **{f"accuracy/{name}": value for name, value in found["per_answer_type"].items()},
+            **{f"accuracy/question_type/{name}": value for name, value in found["per_question_type"].items()},
+            "questions": float(len(records)),
+            "questions_with_a_known_answer": float(known),
+        }
+
+    def prediction_files(self, predictions: list[dict[str, Any]]) -> dict[str, str]:
+        """The results file of the VQA evaluation server."""
+        records = self.held_out.in_order(predictions)
+        return {"vqa_results.json": json.dumps([{"question_id": r["id"], "answer": r["answer"]} for r in records])}
+
+    def _frequent_answers(self) -> list[str]:
+        answers = build_answer_vocabulary(
+            [{"annotations": [each.meta for each in self.training.whole()]}], self.config.min_answer_count
+        )
+        if not answers:
+            raise UserError(
+                f"no answer of data.examples.sources occurs min_answer_count = {self.config.min_answer_count} times; "
+                f"lower it, or name a file of `labels`"
+            )
+        return answers

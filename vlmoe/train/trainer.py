@@ -1,0 +1,308 @@
+"""The one training loop. A task says what is learned; this file says how.
+
+The randomness of step s is a pure function of (seed, s): the batch (data/loader.py) and, through one reseeding per step,
+everything the model draws (drop path, codebook restarts). A run that stopped at any step therefore goes on bit-equal.
+"""
+
+import itertools
+import json
+import signal
+import threading
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from vlmoe import __version__
+from vlmoe.config import RunConfig, differences, load, to_yaml
+from vlmoe.data import BadSampleCounter, Batch, EvalLoader, build_eval_loader, build_loader
+from vlmoe.errors import UserError
+from vlmoe.models.weights import checkpoint_folder, checkpoint_steps, latest_checkpoint
+from vlmoe.tasks import Task, load_run, make_task
+from vlmoe.train import checkpoint, parallel
+from vlmoe.train.checkpoint import clear_disk_errors
+from vlmoe.train.optim import learning_rate, make_optimizer, set_learning_rate
+from vlmoe.train.tracker import Tracker
+
+# What may differ between a run and its continuation: it changes no number that the run computes.
+FREE_TO_CHANGE = {
+    "out", "stop_at", "device", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "tensorboard",
+    "wandb_project", "data.workers", "data.max_bad_fraction",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a call of `train` ended."""
+
+    step: int
+    was_interrupted: bool  # by a signal
+    metrics: dict[str, float]  # of the last evaluation; empty when there was none
+
+
+def train(config: RunConfig) -> Outcome:
+    """Train from the beginning, or go on from the newest checkpoint in `config.out`.
+
+    Raises:
+        UserError: anything the user can mend; checkpoints written before stay as they are.
+    """
+    ranks = parallel.join(config.device)
+    try:
+        return _train(config, ranks)
+    finally:
+        parallel.leave()
+
+
+def evaluate(run: Path, overrides: list[str]) -> dict[str, float]:
+    """Score the newest checkpoint of a run on the held-out samples of its recipe; writes `metrics.json` into `run`, and
+    the predictions beside it."""
+    config = load(latest_checkpoint(run) / "recipe.yaml", overrides)
+    ranks = parallel.join(config.device)
+    try:
+        loaded = load_run(run, ranks.device, overrides)
+        held_out = _open_held_out(loaded.config, loaded.task, ranks)
+        return _evaluate(
+            loaded.config, loaded.task, loaded.model, held_out, ranks, run=run, checkpoint=loaded.folder.name
+        )
+    finally:
+        parallel.leave()
+
+
+def _train(config: RunConfig, ranks: parallel.Ranks) -> Outcome:
+    run = Path(config.out)
+    torch.manual_seed(config.seed)
+    task = make_task(config, ranks.device)
+    model = task.build_model().to(ranks.device)
+    if not checkpoint_steps(run):
+        task.start(model)
+    parallel.broadcast_model(model)
+    optimizer = make_optimizer(model, config.optim)
+    bad = BadSampleCounter(config.data.max_bad_fraction)
+    first = _resume(config, run, task, model, optimizer, bad)
+    streams, held_out = task.open_streams(), _open_held_out(config, task, ranks)
+    tracker = Tracker(config, first) if ranks.is_main else None
+    if tracker:
+        tracker.say(task.describe(model))
+        begin = f"going on from step {first}" if first else "starting"
+        tracker.say(f"{run}: {'complete' if first == config.steps else begin} on {_hardware(config, ranks)}")
+    last = min(config.steps, config.stop_at or config.steps)
+    batches = build_loader(
+        streams, task.prepare, seed=config.seed, first_step=first, num_steps=last,
+        accumulate=config.optim.accumulate, rank=ranks.rank, world_size=ranks.world_size, workers=config.data.workers,
+        device=ranks.device, pad_id=task.pad_id, max_text_length=task.max_text_length,
+    )  # fmt: skip
+    metrics: dict[str, float] = {}
+    health = _Health(run)
+    with _stop_signals() as stop:
+        for step, micro_batches in enumerate(batches, start=first + 1):
+            started = time.monotonic()
+            for batch in micro_batches:
+                bad.add(batch.bad, seen=batch.seen)
+            found = _step(config, task, model, optimizer, micro_batches, step, ranks)
+            is_last = step == last or parallel.on_any_rank(stop.is_set(), ranks.device)
+            at_log, at_eval = step % config.log_every == 0, step % config.eval_every == 0 or step == config.steps
+            at_save = step % config.checkpoint_every == 0 or is_last
+            health.watch(found, step, look=at_log or at_eval or at_save or ranks.device.type == "cpu")
+            if tracker and (at_log or is_last):
+                figures = {f"train/{name}": float(value) for name, value in found.items()}
+                figures |= {"train/lr": learning_rate(step - 1, config.steps, config.optim)}
+                figures |= {"train/seconds": time.monotonic() - started}
+                figures |= {f"bad_samples/{cause}": float(count) for cause, count in bad.causes.items()}
+                tracker.log(step, figures)
+                tracker.progress(step, f"loss {float(found['loss']):.4f}")
+            if at_eval:
+                checkpoint_name = checkpoint_folder(run, step).name
+                metrics = _evaluate(config, task, model, held_out, ranks, run=run, checkpoint=checkpoint_name)
+                if tracker:
+                    tracker.log(step, {f"eval/{name}": value for name, value in metrics.items()})
+            if at_save and ranks.is_main:
+                state = {
+                    "bad_samples": bad.state_dict(),
+                    "versions": {"vlmoe": __version__, "torch": torch.__version__},
+                }
+                checkpoint.save(
+                    run, step=step, model=model, optimizer=optimizer, state=state,
+                    files={**task.files, "recipe.yaml": to_yaml(config)},
+                )  # fmt: skip
+                checkpoint.prune(run, config.keep_checkpoints)
+            if is_last:
+                first = step
+                break
+    if tracker and first < config.steps:
+        tracker.say(f"stopped after step {first} of {config.steps}; the same command goes on from there")
+    return Outcome(step=first, was_interrupted=stop.is_set(), metrics=metrics)
+
+
+def _step(
+    config: RunConfig,
+    task: Task,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    micro_batches: list[Batch],
+    step: int,
+    ranks: parallel.Ranks,
+) -> dict[str, Tensor]:
+    """One optimiser step; returns the loss, its parts and the gradient norm, summed over micro-batches and ranks."""
+    torch.manual_seed(_step_seed(config.seed, step, ranks.rank))
+    model.train()
+    totals = _count_targets(task, micro_batches, ranks)
+    sums: dict[str, Tensor] = {}
+    states: list[Any] = []
+    for batch in micro_batches:
+        with _autocast(config, ranks):
+            loss = task.loss(model, batch.inputs, totals)
+        loss.total.backward()
+        for name, value in {"loss": loss.total.detach(), **loss.metrics}.items():
+            sums[name] = sums.get(name, torch.zeros((), device=ranks.device)) + value
+        states.append(loss.state)
+    parallel.sum_gradients(model)
+    norm = nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip_norm or float("inf"))
+    set_learning_rate(optimizer, learning_rate(step - 1, config.steps, config.optim))
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    task.after_step(model, states)
+    summed = parallel.sum_over_ranks(torch.stack(list(sums.values())))
+    return {**dict(zip(sums, summed, strict=True)), "gradient_norm": norm}
+
+
+def _open_held_out(config: RunConfig, task: Task, ranks: parallel.Ranks) -> list[EvalLoader]:
+    """One loader per stream that has held-out samples; every sample once, whatever the number of ranks."""
+    return [
+        build_eval_loader(
+            samples, name, task.prepare, seed=config.seed,
+            batch_size=max(1, getattr(config.data, name).batch_size // (ranks.world_size * config.optim.accumulate)),
+            rank=ranks.rank, world_size=ranks.world_size, workers=config.data.workers, device=ranks.device,
+            pad_id=task.pad_id, max_text_length=task.max_text_length,
+        )
+        for name, samples in task.open_held_out().items()
+    ]  # fmt: skip
+
+
+@torch.no_grad()
+def _evaluate(
+    config: RunConfig, task: Task, model: nn.Module, held_out: list[EvalLoader], ranks: parallel.Ranks,
+    *, run: Path, checkpoint: str,
+) -> dict[str, float]:  # fmt: skip
+    """The figures of all held-out samples; rank 0 writes them and the predictions into the folder `run`."""
+    model.eval()
+    records: list[dict[str, Any]] = []
+    for batch in itertools.chain.from_iterable(held_out):
+        if batch.inputs:
+            with _autocast(config, ranks):
+                records += task.predict(model, batch.inputs)
+    records = parallel.gather_lists(records)
+    if not records:
+        return {}
+    figures = task.score(records)
+    if ranks.is_main:
+        said = json.dumps({"checkpoint": checkpoint, "metrics": figures}, indent=1)
+        for name, content in {"metrics.json": said, **task.prediction_files(records)}.items():
+            with clear_disk_errors(run / name):
+                (run / name).write_text(content)
+    return figures
+
+
+def _resume(
+    config: RunConfig, run: Path, task: Task, model: nn.Module, optimizer: torch.optim.Optimizer, bad: BadSampleCounter
+) -> int:
+    """The step that the newest checkpoint of `run` stands at, after filling everything from it; 0 where there is none."""
+    steps = checkpoint_steps(run)
+    if not steps:
+        return 0
+    folder = checkpoint_folder(run, steps[-1])
+    changed = [line for key, line in differences(load(folder / "recipe.yaml"), config) if key not in FREE_TO_CHANGE]
+    if changed:
+        more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+        raise UserError(f"{run} holds a run of another recipe: {changed[0]}{more}; set another `out`, or delete {run}")
+    for name, content in task.files.items():
+        if not (folder / name).is_file() or (folder / name).read_text(encoding="utf-8") != content:
+            raise UserError(f"{folder / name} is not what the data of the recipe gives now; set another `out`")
+    state = checkpoint.load(folder, model, optimizer)
+    bad.load_state_dict(state["bad_samples"])
+    return int(state["step"])
+
+
+class _Health:
+    """Stops a run whose loss or gradient is no longer a number, before anything of it is saved."""
+
+    def __init__(self, run: Path) -> None:
+        self.run, self.is_broken, self.last_look = run, torch.zeros((), dtype=torch.bool), 0
+
+    def watch(self, found: dict[str, Tensor], step: int, look: bool) -> None:
+        is_finite = torch.isfinite(found["loss"]) & torch.isfinite(found["gradient_norm"])
+        self.is_broken = self.is_broken.to(is_finite.device) | ~is_finite
+        if look and self.is_broken:
+            saved = checkpoint_steps(self.run)
+            kept = (
+                f"checkpoint {checkpoint_folder(self.run, saved[-1])} is good"
+                if saved
+                else "no checkpoint was written yet"
+            )
+            where = (
+                f"at step {step}" if self.last_look == step - 1 else f"between steps {self.last_look + 1} and {step}"
+            )
+            raise UserError(
+                f"the loss or its gradient became NaN or infinite {where}; {kept}: lower optim.lr, lengthen "
+                f"optim.warmup_steps or lower optim.clip_norm, and set another `out` or go on from the checkpoint"
+            )
+        self.last_look = step if look else self.last_look
+
+
+@contextmanager
+def _stop_signals():
+    """An event that SIGTERM or Ctrl-C sets: the step in hand is finished and saved. A second one stops at once."""
+    stop = threading.Event()
+
+    def on_signal(number: int, _: Any) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def precision(config: RunConfig, device: torch.device) -> str:
+    """The recipe's, with `auto` decided: bf16 where the hardware multiplies it natively."""
+    if config.precision != "auto":
+        return config.precision
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    can = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return "bf16" if can.get("amx_bf16") or can.get("avx512_bf16") else "fp32"
+
+
+def _autocast(config: RunConfig, ranks: parallel.Ranks) -> torch.autocast:
+    return torch.autocast(
+        ranks.device.type, torch.bfloat16, enabled=precision(config, ranks.device) == "bf16", cache_enabled=True
+    )
+
+
+def _hardware(config: RunConfig, ranks: parallel.Ranks) -> str:
+    if ranks.device.type == "cuda":
+        name = f"{ranks.world_size} x {torch.cuda.get_device_name(ranks.device)}"
+    else:
+        name = f"{ranks.world_size} x CPU with {torch.get_num_threads()} threads"
+    return f"{name}, {precision(config, ranks.device)}"
+
+
+def _step_seed(seed: int, step: int, rank: int) -> int:
+    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def _count_targets(task: Task, micro_batches: list[Batch], ranks: parallel.Ranks) -> dict[str, float]:
+    counts = [task.num_targets(batch.inputs) for batch in micro_batches]
+    local = torch.tensor([sum(each[name] for each in counts) for name in counts[0]], dtype=torch.float64)
+    return dict(zip(counts[0], parallel.sum_over_ranks(local.to(ranks.device)).tolist(), strict=True))
