@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from bank_format import Bank, Concept, Picture, files_match, load_bank, read_manifest, write_bank
+from bank_format import Bank, Concept, Picture, files_match, load_bank, read_manifest, save_sheet, write_bank
 from bank_packages import PACKAGES, fetch
 from bank_sources import Drawing, drawings, read_catalogue, read_food
 from PIL import Image, ImageDraw, ImageFont
@@ -191,7 +191,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     state = "made" if made else "up to date"
     print(f"{options.out}: {state}, {len(bank.pictures)} pictures of {len(bank.concepts)} concepts")
     if options.sheet is not None:
-        contact_sheet(bank, [concept for concept in bank.concepts.values() if concept.scene]).save(options.sheet)
+        save_sheet(contact_sheet(bank, [concept for concept in bank.concepts.values() if concept.scene]), options.sheet)
 
 
 if __name__ == "__main__":

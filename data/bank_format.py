@@ -180,3 +180,9 @@ def files_match(folder: Path, manifest: dict[str, Any]) -> bool:
 def sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def save_sheet(sheet: Image.Image, path: Path) -> None:
+    """Write a contact sheet; its folder need not exist."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path)

@@ -21,7 +21,18 @@ from pathlib import Path
 
 import numpy as np
 from bank import run_command
-from bank_format import Bank, Concept, Picture, add_file, credits_page, load_bank, new_folder, put_in_place, sha256
+from bank_format import (
+    Bank,
+    Concept,
+    Picture,
+    add_file,
+    credits_page,
+    load_bank,
+    new_folder,
+    put_in_place,
+    save_sheet,
+    sha256,
+)
 from picture_texts import LANGUAGES, captions, text_lines
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 from tqdm import tqdm
@@ -203,7 +214,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     counts = build(bank, options.out, seed=options.seed, texts=options.texts, shard_size=options.shard_size)
     print(f"{options.out}: " + ", ".join(f"{name} {count}" for name, count in counts.items()))
     if options.sheet is not None:
-        contact_sheet(options.out, random.Random(options.seed)).save(options.sheet)
+        save_sheet(contact_sheet(options.out, random.Random(options.seed)), options.sheet)
 
 
 if __name__ == "__main__":

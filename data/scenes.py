@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from bank import run_command
-from bank_format import load_bank, new_folder, put_in_place
+from bank_format import load_bank, new_folder, put_in_place, save_sheet
 from scene_files import PairIndex, SceneIndexes, Shards, credits_text
 from scene_kinds import SPLITS
 from scene_layout import LayoutOptions
@@ -266,7 +266,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     print(f"{options.out}: scenes+pairs: {made}")
     if options.sheet is not None:
-        contact_sheet(*sheet_samples(options.bank, options.seed, layout)).save(options.sheet)
+        save_sheet(contact_sheet(*sheet_samples(options.bank, options.seed, layout)), options.sheet)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ def demo() -> None:
     with _timed(times, "pictures"):
         _script("bank", "--objects", "scene", "--out", "datasets/scene_bank", "--cache", "datasets/packages")
     with _timed(times, "scenes"):
-        if not (DATA / "stats.json").is_file():
+        if not (RUN / "scenes.png").is_file():  # what the script writes last
             _script(
                 "scenes", "--bank", "datasets/scene_bank", "--out", str(DATA), "--train", "8000", "--val", "400",
                 "--test", "0", "--pairs", "0", "--texts", "20000", "--image-size", "96", "--images", "none",

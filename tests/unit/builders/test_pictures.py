@@ -71,7 +71,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def shards(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("shards") / "pictures"
     arguments = ["--bank", str(folder), "--out", str(out), "--seed", "3", "--texts", "300", "--shard-size", "50"]
-    pictures.main([*arguments, "--sheet", str(out.parent / "sheet.png")])
+    pictures.main([*arguments, "--sheet", str(out.parent / "seen" / "sheet.png")])
     return out
 
 
