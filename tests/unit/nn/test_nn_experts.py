@@ -185,13 +185,13 @@ def test_autocast_is_that_of_linear(backend: str, x_dtype: torch.dtype) -> None:
     assert all(parameter.grad.dtype == torch.float32 for parameter in module.parameters())
 
 
-@pytest.mark.parametrize("rows", [12, 1024])
-def test_auto_is_batched_on_a_cpu(rows: int) -> None:
-    expert_ids = torch.arange(2 * rows).view(rows, 2) % 4
-    x, weights, bank = build("gelu", True, expert_ids, 4, torch.float32)
-    inputs = (x.float(), expert_ids, weights)
-    bank = {name: value.float() for name, value in bank.items()}
-    assert torch.equal(experts(*inputs, **bank), experts(*inputs, **bank, backend="batched"))
+@pytest.mark.parametrize(("dtype", "backend"), [(torch.float32, "loop"), (torch.bfloat16, "batched")])
+def test_auto_takes_the_fast_backend_of_a_cpu(dtype: torch.dtype, backend: str) -> None:
+    expert_ids = torch.arange(256).view(128, 2) % 4
+    x, weights, bank = build("gelu", True, expert_ids, 4, dtype)
+    inputs = (x.to(dtype), expert_ids, weights)
+    bank = {name: value.to(dtype) for name, value in bank.items()}
+    assert torch.equal(experts(*inputs, **bank), experts(*inputs, **bank, backend=backend))
 
 
 @pytest.mark.parametrize("autocast", [False, True])
