@@ -1,6 +1,7 @@
 """The kinds of object that scenes are made of: their words, their families, and which of them a split may use."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -177,17 +178,22 @@ def may_meet(a: Kind, b: Kind) -> bool:
     return b.id not in a.alike
 
 
-def build_vocabulary(bank: Bank, number: int | None = None) -> Vocabulary:
-    """The kinds of a bank, or `number` of them: the same ones every time. UserError when it has too few."""
+def build_vocabulary(bank: Bank, number: int | None = None, styles: int | None = None) -> Vocabulary:
+    """The kinds of a bank, or `number` of them, in every style or in the `styles` that draw most of the bank's kinds (and
+    the unseen one): the same ones every time. UserError when it has too few."""
     concepts = {id: concept for id, concept in sorted(bank.concepts.items()) if concept.scene}
+    drawn = Counter(each.style for each in bank.pictures if each.concept in concepts and each.style != UNSEEN_STYLE)
+    trained_on = sorted(drawn, key=lambda style: (-drawn[style], style))[:styles]
     if number is not None:
         chosen = sorted((id for id in concepts if not is_new(id)), key=lambda id: fraction(f"kind/{id}"))[:number]
         concepts = {id: concepts[id] for id in sorted(chosen)}
     known: dict[str, list[int]] = {id: [] for id in concepts}
     unseen: dict[str, list[int]] = {id: [] for id in concepts}
     for index, picture in enumerate(bank.pictures):
-        if picture.concept in concepts:
-            (unseen if picture.style == UNSEEN_STYLE else known)[picture.concept].append(index)
+        if picture.concept in concepts and picture.style == UNSEEN_STYLE:
+            unseen[picture.concept].append(index)
+        elif picture.concept in concepts and picture.style in trained_on:
+            known[picture.concept].append(index)
     if sum(map(bool, known.values())) < 8:
         raise UserError("--bank: scenes need eight kinds of object or more; make the bank with: --objects scene")
     taken = {concept.name for concept in concepts.values()}

@@ -62,6 +62,7 @@ class LayoutOptions:
     max_objects: int = 7
     max_overlap: float = 0.08  # of the smaller of two boxes
     kinds: int | None = None  # draw from so many kinds only; None: from all
+    styles: int | None = None  # and in so many styles only
 
 
 def generator(seed: int, what: str, split: str, index: int) -> Random:

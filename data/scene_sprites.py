@@ -90,9 +90,9 @@ class World:
         return {name: count / found.total() for name, count in sorted(found.items())}
 
 
-def build_world(bank: Bank, kinds: int | None = None) -> World:
-    """All kinds of a bank, or so many of them."""
-    return World(bank, build_vocabulary(bank, kinds))
+def build_world(bank: Bank, kinds: int | None = None, styles: int | None = None) -> World:
+    """All kinds of a bank in all its styles, or so many of them."""
+    return World(bank, build_vocabulary(bank, kinds, styles))
 
 
 def color_name(picture: Image.Image) -> str | None:

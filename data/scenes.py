@@ -64,7 +64,7 @@ def build(
 ) -> dict[str, SplitStats]:
     """Make every split; `scenes` and `pairs` say how many of each. Returns the figures by split."""
     bank = load_bank(bank_folder)
-    world = build_world(bank, layout.kinds)
+    world = build_world(bank, layout.kinds, layout.styles)
     _check(world, [split for split in SPLITS if scenes[split] or pairs[split]])
     new = new_folder(out)
     stats = {split: SplitStats() for split in SPLITS}
@@ -103,7 +103,7 @@ def build(
 
 def sheet_samples(bank_folder: Path, seed: int, layout: LayoutOptions) -> tuple[list[Sample], list[Sample]]:
     """The first training scenes and pairs of several sentences, for the contact sheet."""
-    world = build_world(load_bank(bank_folder), layout.kinds)
+    world = build_world(load_bank(bank_folder), layout.kinds, layout.styles)
     scenes = list(samples_of(world, "scenes", "train", range(SHEET[0]), seed, layout))
     pairs = list(samples_of(world, "pairs", "train", range(PAIRS * SHEET[1]), seed, layout))
     return scenes, [pairs[PAIRS * number + number % PAIRS] for number in range(SHEET[1])]
@@ -111,7 +111,7 @@ def sheet_samples(bank_folder: Path, seed: int, layout: LayoutOptions) -> tuple[
 
 def _start(bank_folder: Path, seed: int, layout: LayoutOptions) -> None:
     global _world, _seed, _layout
-    _world, _seed, _layout = build_world(load_bank(bank_folder), layout.kinds), seed, layout
+    _world, _seed, _layout = build_world(load_bank(bank_folder), layout.kinds, layout.styles), seed, layout
 
 
 def _make(chunk: tuple[str, str, range]) -> list[Sample]:
@@ -216,6 +216,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--min-objects", type=int, default=2, help="in a scene (default: 2)")
     add("--max-objects", type=int, default=7, help="in a scene, 7 at most (default: 7)")
     add("--kinds", type=int, help="draw from so many kinds of object only, 12 or more (default: all of the bank)")
+    add("--styles", type=int, help="in so many styles only, besides the unseen one (default: all of the bank)")
     add("--max-overlap", type=float, default=0.08, help="share of the smaller of two boxes (default: 0.08)")
     add("--images", choices=("all", "held-out", "none"), default="all", help="splits with picture files (default: all)")
     add("--shard-size", type=int, default=1000, help="samples in a shard (default: 1000)")
@@ -233,6 +234,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ("min_objects", 2, 7),
         ("max_objects", max(options.min_objects, 3), 7),
         ("kinds", 12, 10_000_000),
+        ("styles", 1, 10_000_000),
         ("max_overlap", 0, 0.3),
         ("shard_size", 1, 10_000_000),
         ("workers", 1, 4096),
@@ -248,6 +250,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         max_objects=options.max_objects,
         max_overlap=options.max_overlap,
         kinds=options.kinds,
+        styles=options.styles,
     )
     stats = build(
         options.bank,

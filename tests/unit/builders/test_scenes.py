@@ -110,6 +110,13 @@ def world(bank_folder):
     return build_world(load_bank(bank_folder))
 
 
+def test_few_styles_are_those_that_draw_most_kinds(bank_folder):
+    bank = load_bank(bank_folder)
+    kinds = build_world(bank, styles=1).vocabulary.kinds.values()
+    assert {bank.pictures[index].style for kind in kinds for index in kind.known} == {"round"}
+    assert {bank.pictures[index].style for kind in kinds for index in kind.unseen} == {"openmoji"}
+
+
 @pytest.fixture(scope="module")
 def words() -> Words:
     forms = {name: (name, False) for name in KINDS} | {entry[0]: (name, True) for name, entry in KINDS.items()}

@@ -173,11 +173,11 @@ def test_experts_have_the_flops_of_a_dense_layer():
 
 def test_initial_sizes_are_magnetos():
     encoder = build_encoder(config({"kind": "dense"}, dim=64, depth=4), VOCAB)
-    gain, layer = math.sqrt(math.log(8)), encoder.layers[0]
+    gain, layer, std = math.sqrt(math.log(8)), encoder.layers[0], 0.02 * math.sqrt(768 / 64)
     query, _, value = layer.attention.qkv.vision.linear.weight.chunk(3)
-    assert query.std().item() == pytest.approx(0.02, rel=0.1)
+    assert query.std().item() == pytest.approx(std, rel=0.1)
     for weight in (value, layer.attention.out.text.linear.weight, layer.ffn.ffn.text.fc1.weight):
-        assert weight.std().item() == pytest.approx(0.02 * gain, rel=0.1)
+        assert weight.std().item() == pytest.approx(std * gain, rel=0.1)
 
 
 def test_layer_ids_and_no_weight_decay():
