@@ -3,19 +3,18 @@
 Imports no torch, so that `vlmoe config RECIPE` answers at once.
 """
 
-import difflib
-import math
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast, get_args, get_type_hints
+from typing import Any, Literal, cast
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException
 
 from vlmoe.errors import UserError
+from vlmoe.recipe_checks import check_keys, check_ranges
 
 
 @dataclass(kw_only=True)
@@ -139,7 +138,7 @@ class OptimConfig:
     weight_decay: float = 0.05
     layer_decay: float = 1.0  # learning rate of a layer relative to the next higher one
     head_lr_scale: float = 1.0  # learning rate of the heads relative to the last layer
-    clip_norm: float | None = 3.0
+    clip_norm: float | None = 3.0  # largest norm of the gradient; None or 0: no limit
     accumulate: int = 1  # forward-backward passes per optimiser step
 
 
@@ -262,38 +261,19 @@ def load(recipe: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     said = _read(Path(recipe), ())
     for text in overrides:
         _override(said, text, str(recipe))
-    task = said.get("task")
-    if task not in SCHEMAS:
+    content = OmegaConf.to_container(said)  # interpolations as they are written
+    task = cast(dict[str, Any], content).get("task")
+    if not isinstance(task, str) or task not in SCHEMAS:
         raise UserError(f"{recipe}: task is {task!r}; choose one of {', '.join(SCHEMAS)}")
+    check_keys(content, SCHEMAS[task], str(recipe))
     try:
         merged = OmegaConf.merge(OmegaConf.structured(SCHEMAS[task]), said)
         config = cast(RunConfig, OmegaConf.to_object(merged))
-    except ConfigKeyError as error:
-        raise UserError(f"{recipe}: {_unknown_key(SCHEMAS[task], error.full_key or str(error.key))}") from None
     except (OmegaConfBaseException, TypeError) as error:
         key = getattr(error, "full_key", None)
         raise UserError(f"{recipe}: {f'{key}: ' if key else ''}{_first_line(error)}") from None
-    _check_ranges(asdict(config), str(recipe))
+    check_ranges(asdict(config), str(recipe))
     return config
-
-
-# What a number must be, by the name of its setting, wherever that stands.
-RANGES: dict[str, tuple[float, float]] = {
-    **dict.fromkeys(("image_mask_ratio", "text_mask_ratio", "pair_text_mask_ratio", "mask_ratio"), (0.0, 1.0)),
-    **dict.fromkeys(("max_bad_fraction", "layer_decay", "drop_path", "ema_decay", "label_smoothing"), (0.0, 1.0)),
-    **dict.fromkeys(
-        ("steps", "stop_at", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints"), (1, math.inf)
-    ),
-    **dict.fromkeys(
-        ("accumulate", "shuffle_shards", "num_codes", "code_dim", "revive_after", "min_answer_count"), (1, math.inf)
-    ),
-    **dict.fromkeys(("lr", "min_lr", "eps", "weight_decay", "warmup_steps", "clip_norm", "weight"), (0.0, math.inf)),
-    **dict.fromkeys(("upsampling", "color_jitter", "workers", "batch_size", "seed"), (0.0, math.inf)),
-    **dict.fromkeys(("head_lr_scale", "held_out_images", "rand_augment", "length_penalty"), (0.0, math.inf)),
-    "beam_size": (1, math.inf),
-    **dict.fromkeys(("load_balancing", "router_z", "commitment", "moe_every"), (0.0, math.inf)),
-    "crop_scale": (1e-3, 1.0),
-}
 
 
 def to_yaml(config: RunConfig) -> str:
@@ -326,6 +306,9 @@ def _read(recipe: Path, seen: tuple[Path, ...]) -> DictConfig:
         raise UserError(f"{recipe}: its base leads back to itself; remove one `base:` line")
     try:
         said = OmegaConf.load(recipe)
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise UserError(f"{recipe} is not valid YAML: line {line}: {error.problem}") from None
     except Exception as error:  # PyYAML and OmegaConf each have their own family
         raise UserError(f"{recipe} is not valid YAML: {_first_line(error)}") from None
     if not isinstance(said, DictConfig):
@@ -333,7 +316,13 @@ def _read(recipe: Path, seen: tuple[Path, ...]) -> DictConfig:
     base = said.pop("base", None)
     if base is None:
         return said
-    return cast(DictConfig, OmegaConf.merge(_read(recipe.parent / str(base), (*seen, recipe.resolve())), said))
+    below = _read(recipe.parent / str(base), (*seen, recipe.resolve()))
+    try:
+        return cast(DictConfig, OmegaConf.merge(below, said))
+    except (OmegaConfBaseException, TypeError):
+        raise UserError(
+            f"{recipe}: a list or a value stands where its base {base} has a mapping, or the reverse"
+        ) from None
 
 
 def _override(said: DictConfig, text: str, where: str) -> None:
@@ -344,41 +333,6 @@ def _override(said: DictConfig, text: str, where: str) -> None:
         OmegaConf.update(said, key, OmegaConf.from_dotlist([f"value={value}"]).value, merge=True)
     except (OmegaConfBaseException, TypeError, IndexError, yaml.YAMLError) as error:
         raise UserError(f"override {text!r} does not fit {where}: {_first_line(error)}") from None
-
-
-def _check_ranges(block: Any, where: str, key: str = "") -> None:
-    if isinstance(block, dict):
-        for name, value in block.items():
-            _check_ranges(value, where, f"{key}.{name}" if key else name)
-    elif isinstance(block, list):
-        for number, value in enumerate(block):
-            _check_ranges(value, where, f"{key}[{number}]")
-    elif block is not None and (bounds := RANGES.get(key.rpartition(".")[2])) and not bounds[0] <= block <= bounds[1]:
-        said = f"at least {bounds[0]:g}" if bounds[1] == math.inf else f"between {bounds[0]:g} and {bounds[1]:g}"
-        raise UserError(f"{where}: {key} is {block}; it must be {said}")
-
-
-def _unknown_key(schema: type, full_key: str) -> str:
-    """`data.pairs.batchsize` -> a line that names the nearest key that exists, in the same block where that is known."""
-    *parents, wrong = [part for part in re.split(r"[.\[\]]+", full_key) if part and not part.isdigit()]
-    block: type = schema
-    for name in parents:
-        block = _block_type(get_type_hints(block)[name])
-    known = [each.name for each in fields(block)] if parents else sorted(_all_keys(schema))
-    near = difflib.get_close_matches(wrong, known, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
-    return f"unknown key {full_key!r}; {hint}"
-
-
-def _block_type(hint: Any) -> Any:
-    """The dataclass inside `Block` or `list[Block]`; the hint itself where there is none."""
-    return next((each for each in (hint, *get_args(hint)) if is_dataclass(each)), hint)
-
-
-def _all_keys(block: Any) -> set[str]:
-    names = {each.name for each in fields(block)}
-    inner = [_block_type(hint) for hint in get_type_hints(block).values()]
-    return names.union(*(_all_keys(each) for each in inner if is_dataclass(each)))
 
 
 def _first_line(error: Exception) -> str:

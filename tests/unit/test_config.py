@@ -50,11 +50,25 @@ def test_the_resolved_recipe_reads_back_the_same(tmp_path_factory, steps, lr, ki
         ("model.dimm=3", "unknown key 'model.dimm'; did you mean 'dim'?"),
         ("data.pairs.batchsize=3", "unknown key 'data.pairs.batchsize'; did you mean 'batch_size'?"),
         ("modle.dim=3", "unknown key 'modle'; did you mean 'model'?"),
-        ("data.pairs.sources=[{shard: b.tar}]", "unknown key 'shard'; did you mean 'shards'?"),
+        ("data.pairs.sources=[{shard: b.tar}]", "unknown key 'data.pairs.sources[0].shard'; did you mean 'shards'?"),
         ("model.dim=wide", "model.dim: Value 'wide' of type 'str' could not be converted to Integer"),
         ("steps=null", "steps: Incompatible value 'None' for field of type 'int'"),
         ("model.ffn.kind=sparse", "model.ffn.kind: Invalid value 'sparse', expected one of ['dense', 'moe', 'mhmoe']"),
         ("optim.betas=[1,2,3]", "length 3 does not match"),
+        ("optim.betas=[0.9,1.5]", "optim.betas[1] is 1.5; it must be between 0 and 1"),
+        ("optim.betas=0.9", "optim.betas is 0.9; it must be a list, not a single value"),
+        ("steps=[1]", "steps is [1]; it must be a single value, not a list"),
+        ("steps.a=1", "steps is {'a': 1}; it must be a single value, not a mapping of keys"),
+        ("optim=[1]", "optim is [1]; it must be a mapping of keys, not a list"),
+        ("data.texts.sources={shards: b.tar}", "data.texts.sources is {'shards': 'b.tar'}; it must be a list"),
+        ("data.pairs.sources=[b.tar]", "data.pairs.sources[0] is 'b.tar'; it must be a mapping of keys"),
+        ("task=[pretrain]", "task is ['pretrain']; choose one of"),
+        ("data.pairs.sources[0].upsampling=.inf", "upsampling is inf; it must be at least 0, and finite"),
+        ("lr=1", "unknown key 'lr'; did you mean 'optim.lr'?"),
+        ("model.max_text_length=2", "model.max_text_length is 2; it must be at least 3"),
+        ("model.ffn.dense_dim=0", "model.ffn.dense_dim is 0; it must be at least 1"),
+        ("model.patch_size=0", "model.patch_size is 0; it must be at least 1"),
+        (f"seed={10**30}", "seed is 1000000000000000000000000000000; it must be between 0 and 9.22337e+18"),
         ("model=[1]", "override 'model=[1]' does not fit"),
         ("steps", "override 'steps' is not key=value"),
         ("steps=0", "steps is 0; it must be at least 1"),
@@ -76,6 +90,16 @@ def test_missing_broken_and_circular_recipes(tmp_path):
     (tmp_path / "a.yaml").write_text("task: [pretrain\n")
     with pytest.raises(UserError, match="is not valid YAML"):
         load(tmp_path / "a.yaml")
+    (tmp_path / "tab.yaml").write_text("task: pretrain\nmodel:\n\tdim: 3\n")
+    with pytest.raises(UserError, match=r"is not valid YAML: line 3: found character that cannot start any token"):
+        load(tmp_path / "tab.yaml")
+    (tmp_path / "below.yaml").write_text("task: pretrain\nmodel: {dim: 64}\n")
+    (tmp_path / "above.yaml").write_text("base: below.yaml\nmodel: [64]\n")
+    with pytest.raises(UserError, match=r"stands where its base below.yaml has a mapping"):
+        load(tmp_path / "above.yaml")
+    (tmp_path / "nothing.yaml").write_text("task: ${nothing}\n")
+    with pytest.raises(UserError, match=r"task is '\$\{nothing\}'; choose one of"):
+        load(tmp_path / "nothing.yaml")
     (tmp_path / "b.yaml").write_text("- task\n")
     with pytest.raises(UserError, match="is a mapping"):
         load(tmp_path / "b.yaml")
