@@ -1,4 +1,4 @@
-"""Prepared samples of one stream -> one dict of tensors.
+"""Prepared samples of one stream -> one dict of tensors -> what a model reads.
 
 Axes: batch, length (text positions).
 """
@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from vlmoe.data.transforms import to_float
 
 LENGTH_MULTIPLE = 8  # padded text lengths are multiples of it: fewer shapes, aligned rows
 
@@ -20,6 +22,7 @@ def collate(
     - `text` (int64 ids [length]) is padded with `pad_id` to the longest, rounded up to a multiple of 8 but not above
       `max_text_length`; `text_padding` [batch, length] comes with it, True where there is no token.
     - one-dimensional tensors named `text_*` are padded to the same length: bool with False, ids with `pad_id`.
+    - pixels (uint8 [3, height, width]) are stacked as they lie in memory, colours last; `to_device` makes them float.
     - other tensors have one shape and are stacked; all else becomes a list.
 
     Raises:
@@ -38,9 +41,21 @@ def collate(
             batch["text_padding"] = ~_pad([torch.ones(len(ids), dtype=torch.bool) for ids in values], length, False)
         elif name.startswith("text_") and first.ndim == 1:
             batch[name] = _pad(values, length, False if first.dtype == torch.bool else pad_id or 0)
+        elif first.dtype == torch.uint8:
+            batch[name] = torch.stack([pixels.permute(1, 2, 0) for pixels in values]).permute(0, 3, 1, 2)
         else:
             batch[name] = torch.stack(values)
     return batch
+
+
+def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """The batch with its tensors on `device`, and its pixels there as float32 [batch, 3, height, width] in [-1, 1]."""
+
+    def move(value: Tensor) -> Tensor:
+        value = value.to(device, non_blocking=True)
+        return to_float(value) if value.dtype == torch.uint8 else value
+
+    return {name: move(value) if isinstance(value, Tensor) else value for name, value in batch.items()}
 
 
 def _padded_length(lengths: Sequence[int], limit: int | None) -> int:

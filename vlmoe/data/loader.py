@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from vlmoe.data.batch import collate
+from vlmoe.data.batch import collate, to_device
 from vlmoe.data.sample import BadSample, BrokenSample, Sample, SamplePlace, SampleStream
 from vlmoe.errors import UserError
 
@@ -36,17 +36,15 @@ class Batch:
     bad: list[BadSample] = field(default_factory=list)
 
     def pin_memory(self) -> "Batch":  # DataLoader looks for this name
-        return self._map(Tensor.pin_memory)
-
-    def to(self, device: torch.device) -> "Batch":
-        return self._map(lambda value: value.to(device, non_blocking=True))
-
-    def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
         inputs = {
-            stream: {name: function(value) if isinstance(value, Tensor) else value for name, value in values.items()}
+            stream: {name: value.pin_memory() if isinstance(value, Tensor) else value for name, value in values.items()}
             for stream, values in self.inputs.items()
         }
         return replace(self, inputs=inputs)
+
+    def to(self, device: torch.device) -> "Batch":
+        """On `device`, pixels as floats: see `to_device`."""
+        return replace(self, inputs={stream: to_device(values, device) for stream, values in self.inputs.items()})
 
 
 def build_loader(
@@ -268,4 +266,7 @@ def _in_steps(batches: Iterator[Batch], accumulate: int) -> Iterator[list[Batch]
 
 def _init_worker(worker: int) -> None:
     """Runs in each worker process, where DataLoader has already set torch to one thread."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the training process, which ends its workers
+    # Both often reach the whole group of processes; the training process finishes its step, for which it needs its
+    # workers, and ends them then.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vlmoe.data.batch import collate
+from vlmoe.data.batch import collate, to_device
 
 
 def _sample(length):
@@ -26,6 +26,18 @@ def test_text_is_padded_and_the_rest_is_stacked():
     assert batch["text_masked"].tolist() == (batch["text"] != 1).tolist()
     assert batch["image"].shape == (2, 3, 2, 2) and batch["image_masked"].shape == (2, 2)
     assert batch["caption"] == ["xxx", "xxxxx"] and batch["id"] == [3, 5]
+
+
+def test_pixels_become_floats_on_the_device():
+    rows = torch.randint(0, 256, (2, 4, 5, 3), dtype=torch.uint8)
+    samples = [{"image": rows[0].permute(2, 0, 1), "id": 0}, {"image": rows[1].permute(2, 0, 1).contiguous(), "id": 1}]
+    batch = collate(samples)
+    assert batch["image"].dtype == torch.uint8 and torch.equal(batch["image"], rows.permute(0, 3, 1, 2))
+    moved = to_device(batch, torch.device("cpu"))
+    assert moved["id"] == [0, 1] and moved["image"].is_contiguous() and moved["image"].dtype == torch.float32
+    torch.testing.assert_close(moved["image"], rows.permute(0, 3, 1, 2) / 255 * 2 - 1)
+    assert to_device({"image": torch.full((1, 3, 2, 2), 7.0)}, torch.device("cpu"))["image"].unique() == 7
+    assert to_device(batch, torch.device("meta"))["image"].shape == (2, 3, 4, 5)
 
 
 def test_a_padding_id_inside_a_text_is_a_token():

@@ -8,9 +8,10 @@ from itertools import chain
 
 import pytest
 import torch
+from PIL import Image
 
 from vlmoe.config import SourceConfig
-from vlmoe.data import BrokenSample, Stream, build_eval_loader, build_loader, held_out_samples
+from vlmoe.data import BrokenSample, Stream, build_eval_loader, build_loader, held_out_samples, train_transform
 from vlmoe.errors import UserError
 
 WORKERS = [0, 1, 3]
@@ -70,6 +71,25 @@ def test_workers_change_nothing(streams, workers):
             for name in values.keys() - {"threads", "caption"}:
                 assert torch.equal(values[name], theirs.inputs[stream][name])
         assert ours.seen == theirs.seen == 6 and ours.inputs["texts"]["training"].all()
+
+
+def test_pictures_are_the_same_from_any_number_of_workers(write_shard, encode_image):
+    noise = [Image.effect_noise((60 + n, 50), 40 + n) for n in range(6)]
+    samples = [{"jpg": encode_image(each.convert("RGB")), "txt": "a"} for each in noise[:5]]
+    shard = write_shard("p.tar", [*samples, {"png": encode_image(noise[5].convert("RGB"), format="PNG"), "txt": "a"}])
+
+    def crop(sample, stream, rng, training):
+        return {"image": train_transform(sample.image, rng, image_size=32, flip=True, color_jitter=0.4, rand_augment=2)}
+
+    def images(workers):
+        stream = Stream([SourceConfig(shards=shard)], name="pairs", batch_size=6, seed=0, shuffle_shards=1)
+        steps = build_loader({"pairs": stream}, crop, seed=7, num_steps=2, workers=workers)
+        return torch.cat([batch.inputs["pairs"]["image"] for (batch,) in steps])
+
+    alone = images(0)
+    assert alone.shape == (12, 3, 32, 32) and alone.dtype == torch.float32 and -1 <= alone.min() < 0 < alone.max() <= 1
+    assert len({each.sum().item() for each in alone}) == 12
+    assert all(torch.equal(images(workers), alone) for workers in WORKERS[1:])
 
 
 @pytest.mark.parametrize("workers", WORKERS)

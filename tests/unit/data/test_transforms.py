@@ -8,25 +8,31 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from torchvision.transforms.v2 import functional as TF
 
 from vlmoe.data.augment import OPERATIONS, rand_augment
-from vlmoe.data.transforms import eval_transform, random_crop, train_transform
+from vlmoe.data.sample import to_pixels
+from vlmoe.data.transforms import eval_transform, random_crop, to_float, train_transform
 
 
 @pytest.fixture
-def picture():
+def image():
     grey = Image.radial_gradient("L").resize((90, 70))
     return Image.merge("RGB", (grey, grey.rotate(90), Image.linear_gradient("L").resize((90, 70))))
 
 
-def test_eval_is_a_plain_resize(picture):
-    pixels = eval_transform(picture, image_size=32)
+@pytest.fixture
+def picture(image):
+    return to_pixels(image)
+
+
+def test_eval_is_a_plain_resize(image):
+    pixels = to_float(eval_transform(to_pixels(image), image_size=32))
     assert pixels.shape == (3, 32, 32) and pixels.dtype == torch.float32 and pixels.is_contiguous()
-    theirs = np.asarray(picture.resize((32, 32), Image.Resampling.BICUBIC), dtype=np.float32)
+    theirs = np.asarray(image.resize((32, 32), Image.Resampling.BICUBIC), dtype=np.float32)
     assert np.abs((pixels.permute(1, 2, 0).numpy() + 1) * 127.5 - theirs).max() <= 2
     white_black = Image.new("RGB", (5, 5), "white"), Image.new("RGB", (5, 5))
-    assert [eval_transform(each, image_size=4).unique().tolist() for each in white_black] == [[1.0], [-1.0]]
+    views = [to_float(eval_transform(to_pixels(each), image_size=4)) for each in white_black]
+    assert [view.unique().tolist() for view in views] == [[1.0], [-1.0]]
 
 
 def test_train_without_augmentation_is_eval(picture):
@@ -39,7 +45,8 @@ def test_train_depends_on_its_generator_alone(picture):
     state = torch.get_rng_state()
     views = [train_transform(picture, np.random.default_rng(seed), **options) for seed in (0, 0, 1)]
     assert torch.equal(views[0], views[1]) and not torch.equal(views[0], views[2])
-    assert all(view.shape == (3, 32, 32) and view.abs().max() <= 1 for view in views)
+    assert all(view.shape == (3, 32, 32) and view.dtype == torch.uint8 for view in views)
+    assert all(to_float(view).abs().max() <= 1 for view in views)
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -53,13 +60,12 @@ def test_flip_is_off_unless_asked_for_and_even(picture):
 
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_an_operation_keeps_size_type_and_most_of_the_picture(picture, name):
-    pixels = TF.pil_to_tensor(picture)
-    changed = [OPERATIONS[name](pixels, sign) for sign in (-1, 1)]
+    changed = [OPERATIONS[name](picture, sign) for sign in (-1, 1)]
     for each in changed:
-        assert each.shape == pixels.shape and each.dtype == torch.uint8
-        assert torch.equal(each, pixels) == (name == "identity")
+        assert each.shape == picture.shape and each.dtype == torch.uint8
+        assert torch.equal(each, picture) == (name == "identity")
         # grey comes into view where the picture is moved; nothing turns black
-        assert (each.float() - pixels.float()).abs().mean() < 70
+        assert (each.float() - picture.float()).abs().mean() < 70
     assert torch.equal(*changed) == (name not in ("shear_x", "shear_y", "shift_x", "shift_y", "rotate"))
 
 
