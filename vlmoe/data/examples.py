@@ -14,7 +14,6 @@ from typing import Any, Protocol
 
 import numpy as np
 from jaxtyping import Int
-from PIL import Image
 from tqdm import tqdm
 
 from vlmoe.config import ExamplesSource
@@ -42,12 +41,15 @@ class FolderPictures:
     root: Path
 
     def has(self, name: str) -> bool:
-        return (self.root / name).is_file()
+        try:
+            return (self.root / name).is_file()
+        except (OSError, ValueError):  # no file can have such a name
+            return False
 
     def read(self, name: str) -> bytes:
         try:
             return (self.root / name).read_bytes()
-        except OSError:
+        except (OSError, ValueError):
             raise BrokenSample("missing image") from None
 
 
@@ -113,12 +115,19 @@ class Examples:
                 found.setdefault((there, name), (source, example.where))
         return found
 
-    def check_pictures(self, *, decode: bool = False) -> None:
-        """Raises UserError for the first row whose picture is missing or, with `decode`, cannot be decoded."""
+    def check_pictures(self, *, decode: bool = False, max_missing: float = 0.0) -> None:
+        """Raises UserError for the first row whose picture is missing or, with `decode`, cannot be decoded.
+
+        Up to a share of `max_missing` of the pictures may be missing.
+        """
         pictures = self.pictures_of()
-        for (there, name), (source, where) in pictures.items():
-            if not self.pictures[source].has(name):
-                raise UserError(f"{where}: there is no picture {name!r} in {there}")
+        missing = [
+            f"{where}: there is no picture {name!r} in {there}"
+            for (there, name), (source, where) in pictures.items()
+            if not self.pictures[source].has(name)
+        ]
+        if len(missing) > max_missing * len(pictures):
+            raise UserError(missing[0] + (f" ({len(missing)} are missing)" if len(missing) > 1 else ""))
         if decode:
             with ThreadPoolExecutor() as threads:
                 causes = threads.map(self._cause, pictures.items())
@@ -128,7 +137,7 @@ class Examples:
 
     def load(self, number: int) -> Sample:
         source, example = self._row(int(self.chosen[number]))
-        images: list[Image.Image] = [decode_image(self.pictures[source].read(name)) for name in example.images]
+        images = [decode_image(self.pictures[source].read(name)) for name in example.images]
         return Sample(
             key=str(example.id),
             source=example.where,
@@ -192,6 +201,7 @@ def open_examples(sources: Sequence[ExamplesSource], *, recipe_key: str) -> Exam
             if example.id in seen:
                 raise UserError(f"{example.where}: id {example.id!r} comes twice in {recipe_key}")
             seen.add(example.id)
+            _check_text(example)
             row = (number, example.id, example.images, example.where, example.texts, example.meta)
             rows.append(json.dumps(row, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass"))
             if source.part != "all":
@@ -238,6 +248,14 @@ class ExampleStream:
             UserError: the example and the eight that were tried in its place are all broken.
         """
         return read_or_replace(STREAM, partial(self.locate, position), prepare, hint="vlmoe check-data RECIPE names it")
+
+
+def _check_text(example: Example) -> None:
+    meta = example.meta
+    try:
+        "".join((*example.texts, *meta.get("answers", ()), meta.get("label", ""))).encode()
+    except UnicodeError:  # JSON can hold half a surrogate pair, which no tokenizer takes
+        raise UserError(f"{example.where}: its text is not valid Unicode") from None
 
 
 def _place_of_pictures(source: ExamplesSource) -> str:

@@ -41,39 +41,58 @@ def read_examples(source: ExamplesSource) -> Iterator[Example]:
 def is_held_out(examples: list[Example], count: int) -> list[bool]:
     """True for the examples of `count` pictures: those whose names have the smallest SHA-256, whatever their order."""
     images = {example.images[0] for example in examples}
-    chosen = set(sorted(images, key=lambda name: hashlib.sha256(name.encode()).digest())[:count])
+    chosen = set(
+        sorted(images, key=lambda name: hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest())[:count]
+    )
     return [example.images[0] in chosen for example in examples]
 
 
 def _vqa(source: ExamplesSource) -> Iterator[Example]:
-    """VQAv2: {"questions": [{"image_id", "question_id", "question"}]} and {"annotations": [{"question_id", "answers",
-    "multiple_choice_answer", "question_type", "answer_type"}]}, joined by question."""
+    """VQAv2: {"questions": [{"image_id", "question_id", "question"}]} and {"annotations": [{"image_id", "question_id",
+    "answers", "multiple_choice_answer", "question_type", "answer_type"}]}, joined by question, one to one."""
     if source.image_name is None:
         raise UserError(
             f"{source.index}: VQA questions name pictures by number: set image_name, such as "
             "COCO_val2014_{image_id:012d}.jpg"
         )
-    annotations: dict[Any, dict[str, Any]] = {}
-    if source.annotations is not None:
-        for where, row in _rows_of(source.annotations, "annotations"):
-            annotations[_get(row, "question_id", (int, str), where)] = {
-                "answers": [_get(each, "answer", str, where) for each in _get(row, "answers", list, where)],
-                "multiple_choice_answer": _get(row, "multiple_choice_answer", str, where),
-                "question_type": row.get("question_type", "other"),
-                "answer_type": row.get("answer_type", "other"),
-            }
+    annotations = {} if source.annotations is None else _annotations(source.annotations)
+    unused = dict.fromkeys(annotations)
     for where, row in _rows_of(source.index, "questions"):
         number, image = _get(row, "question_id", (int, str), where), _get(row, "image_id", (int, str), where)
+        _, annotated, labels = annotations.get(number, ("", image, {}))
         if source.annotations is not None and number not in annotations:
-            raise UserError(f"{where}: question {number} has no annotation in {source.annotations}")
+            raise UserError(f"{where}: question {number!r} has no annotation in {source.annotations}")
+        if annotated != image:
+            raise UserError(
+                f"{where}: image_id is {image!r}, but {annotated!r} in the annotation of question {number!r}"
+            )
+        unused.pop(number, None)
         try:
             name = source.image_name.format(image_id=image)
         except (ValueError, KeyError, IndexError) as error:
             raise UserError(
                 f"{where}: image_name {source.image_name!r} does not fit image_id {image!r} ({error})"
             ) from None
-        meta = {"image_id": image, **annotations.get(number, {})}
+        meta = {"image_id": image, **labels}
         yield Example(number, (name,), where, (_get(row, "question", str, where),), meta)
+    for number in unused:
+        raise UserError(f"{annotations[number][0]}: question {number!r} is not in {source.index}")
+
+
+def _annotations(path: str) -> dict[int | str, tuple[str, int | str, dict[str, Any]]]:
+    """Question -> row, image, and what goes into `meta`."""
+    found: dict[int | str, tuple[str, int | str, dict[str, Any]]] = {}
+    for where, row in _rows_of(path, "annotations"):
+        number, image = _get(row, "question_id", (int, str), where), _get(row, "image_id", (int, str), where)
+        if number in found:
+            raise UserError(f"{where}: question {number!r} is annotated in {found[number][0]} already")
+        answers = [_get(each, "answer", str, where) for each in _get(row, "answers", list, where)]
+        if len(answers) != ANSWERS:
+            raise UserError(f"{where}: it has {len(answers)} answers, not {ANSWERS}; format jsonl takes any number")
+        meta = {"answers": answers, "multiple_choice_answer": _get(row, "multiple_choice_answer", str, where)}
+        meta |= {key: _get(row, key, str, where) if key in row else "other" for key in ("question_type", "answer_type")}
+        found[number] = where, image, meta
+    return found
 
 
 def _coco(source: ExamplesSource) -> Iterator[Example]:
@@ -102,11 +121,14 @@ def _instances(source: ExamplesSource) -> Iterator[Example]:
         _get(row, "id", (int, str), where): _get(row, "name", str, where)
         for where, row in _rows_of(source.index, "categories", content)
     }
+    known = {_get(row, "id", (int, str), where) for where, row in _rows_of(source.index, "images", content)}
     largest: dict[Any, tuple[float, str]] = {}
     for where, row in _rows_of(source.index, "annotations", content):
         image, category = _get(row, "image_id", (int, str), where), _get(row, "category_id", (int, str), where)
         if category not in names:
             raise UserError(f"{where}: category_id {category!r} is not among the categories of the file")
+        if image not in known:
+            raise UserError(f"{where}: image_id {image!r} is not among the images of the file")
         largest[image] = max(largest.get(image, (-1.0, "")), (_get(row, "area", (int, float), where), names[category]))
     for where, row in _rows_of(source.index, "images", content):
         image = _get(row, "id", (int, str), where)
@@ -123,10 +145,11 @@ def _karpathy(source: ExamplesSource) -> Iterator[Example]:
         found.add(split)
         if source.splits and split not in source.splits:
             continue
-        name, folder = _get(row, "filename", str, where), row.get("filepath")
+        name = _get(row, "filename", str, where)
+        path = f"{_get(row, 'filepath', str, where)}/{name}" if "filepath" in row else name
         texts = tuple(_get(each, "raw", str, where) for each in _get(row, "sentences", list, where))
-        image = row.get("cocoid", row.get("imgid", name))
-        yield Example(image, (f"{folder}/{name}" if folder else name,), where, texts, {"image_id": image})
+        image = _get(row, next(key for key in ("cocoid", "imgid", "filename") if key in row), (int, str), where)
+        yield Example(image, (path,), where, texts, {"image_id": image})
     if missing := sorted(set(source.splits) - found):
         raise UserError(f"{source.index} has no split {missing[0]!r}; it has {', '.join(sorted(found))}")
 
@@ -137,7 +160,7 @@ def _nlvr2(source: ExamplesSource) -> Iterator[Example]:
     for where, row in _lines_of(source.index):
         identifier = _get(row, "identifier", str, where)
         stem = identifier.rpartition("-")[0]
-        if "left_image" in row:
+        if "left_image" in row or "right_image" in row:
             images = _get(row, "left_image", str, where), _get(row, "right_image", str, where)
         else:
             folder = f"{row['directory']}/" if "directory" in row else ""
@@ -163,6 +186,8 @@ def _jsonl(source: ExamplesSource) -> Iterator[Example]:
         for name, values in {"text": texts, "answers": answers}.items():
             if not isinstance(values, list) or not all(isinstance(each, str) for each in values):
                 raise UserError(f"{where}: {name!r} must be a string or a list of strings")
+        if not all(answer.strip() for answer in answers):
+            raise UserError(f"{where}: an answer is blank")
         meta: dict[str, Any] = {"image_id": row["image"]}
         if "label" in row:
             meta["label"] = str(_get(row, "label", (str, int, bool), where))
@@ -199,7 +224,7 @@ READERS: dict[str, Callable[[ExamplesSource], Iterator[Example]]] = {
 def _load(path: str) -> Any:
     try:
         return json.loads(_text_of(path))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON: {error}") from None
 
 
@@ -219,7 +244,7 @@ def _lines_of(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
         if line.strip():
             try:
                 yield f"{path}:{number}", json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise UserError(f"{path}:{number} is not valid JSON: {error}") from None
 
 
@@ -235,8 +260,10 @@ def _text_of(path: str) -> str:
 def _get(row: Any, key: str, kinds: type | tuple[type, ...], where: str) -> Any:
     if not isinstance(row, dict):
         raise UserError(f"{where} is no JSON object")
-    if not isinstance(row.get(key), kinds):
-        names = " or ".join(each.__name__ for each in (kinds if isinstance(kinds, tuple) else (kinds,)))
+    kinds = kinds if isinstance(kinds, tuple) else (kinds,)
+    is_odd = isinstance(row.get(key), bool) and bool not in kinds  # which Python counts among the ints
+    if is_odd or not isinstance(row.get(key), kinds):
+        names = " or ".join(each.__name__ for each in kinds)
         said = f"is {row[key]!r}" if key in row else "is missing"
         raise UserError(f"{where}: {key!r} {said}; it must be of type {names}")
     return row[key]

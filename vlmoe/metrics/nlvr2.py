@@ -11,7 +11,7 @@ def nlvr2_scores(examples: Sequence[Mapping[str, Any]], predictions: Mapping[str
 
     `examples` are lines of the official JSON ({"identifier": "dev-850-0-0", "label": "True", ...}), `predictions` is
     {identifier: "True" or "False", or a bool}. An identifier is split-set-pair-sentence: the pairs of a sentence differ
-    in the third part alone. Raises UserError for a missing prediction.
+    in the third part alone. Raises UserError for a missing prediction, or an identifier of another form.
     """
     if not examples:
         raise UserError("there is no NLVR2 example to score: pass the lines of the official file")
@@ -22,8 +22,10 @@ def nlvr2_scores(examples: Sequence[Mapping[str, Any]], predictions: Mapping[str
         if identifier not in predictions:
             raise UserError(f"NLVR2 example {identifier} has no prediction: predict every example")
         is_right = str(predictions[identifier]).lower() == str(example["label"]).lower()
-        split, image_set, _, *sentence = identifier.split("-")
-        key = (split, image_set, *sentence)
+        parts = identifier.split("-")
+        if len(parts) < 4:
+            raise UserError(f"NLVR2 identifier {identifier!r} is not split-set-pair-sentence, such as dev-850-0-0")
+        key = (*parts[:2], *parts[3:])
         consistent[key] = consistent.get(key, True) and is_right
         right.append(is_right)
     return {

@@ -90,7 +90,7 @@ def build_answer_vocabulary(annotation_files: Iterable[Mapping[str, Any]], min_c
 
 
 def soft_targets(answers: Sequence[str | Mapping[str, Any]]) -> dict[str, float]:
-    """{normalised answer: score} of the ten answers to a question: 0.3, 0.6, 0.9 or 1 for 1, 2, 3 or more annotators.
+    """{normalised answer: score} of the ten answers to a question: 0.3, 0.6, 0.9 or 1 for 1, 2, 3, or 4 and more annotators.
 
     `answers` are strings, or the official {"answer": ...}. The score is the mean of the official accuracy over the
     annotators. BEiT-3 looked up raw answers in a vocabulary of normalised ones, and lost those that differ.

@@ -54,7 +54,7 @@ class Captioning:
 
     @cached_property
     def held_out(self) -> finetune.HeldOut:
-        return finetune.HeldOut(self.config, self.check)
+        return finetune.HeldOut(self.config, self.check, lambda each: any(text.strip() for text in each.texts))
 
     def open_streams(self) -> dict[str, SampleStream]:
         finetune.check_finetune(self.config)
@@ -154,12 +154,15 @@ def hide_words(length: int, ratio: float, rng: np.random.Generator) -> Bool[Tens
 def corrupt(
     target: Int[Tensor, " length"], masked: Bool[Tensor, " length"], tokenizer: Tokenizer, rng: np.random.Generator
 ) -> Int[Tensor, " length"]:
-    """What the model reads in place of the hidden tokens."""
-    text = target.clone()
+    """What the model reads in place of the hidden tokens; <s>, </s> and <pad> never stand for another token."""
+    text, never = target.clone(), sorted((tokenizer.bos_id, tokenizer.pad_id, tokenizer.eos_id))
     for place in masked.nonzero().flatten().tolist():
         draw = rng.random()
         if draw < MASKED:
             text[place] = tokenizer.mask_id
         elif draw < MASKED + REPLACED:
-            text[place] = int(rng.integers(tokenizer.vocab_size))
+            drawn = int(rng.integers(tokenizer.vocab_size - len(never)))
+            for special in never:
+                drawn += drawn >= special
+            text[place] = drawn
     return text

@@ -52,11 +52,11 @@ class Classification:
 
     @cached_property
     def training(self) -> Examples:
-        return finetune.open_training(self.config, lambda each: finetune.need(each, "classification", meta=("label",)))
+        return finetune.open_training(self.config, self.check_labelled)
 
     @cached_property
     def held_out(self) -> finetune.HeldOut:
-        return finetune.HeldOut(self.config, self.check)
+        return finetune.HeldOut(self.config, self.check, lambda each: "label" in each.meta)
 
     def open_streams(self) -> dict[str, SampleStream]:
         finetune.check_finetune(self.config)
@@ -74,6 +74,13 @@ class Classification:
             raise UserError(
                 f"{example.where}: label {label!r} is not among the {len(self.labels)} labels of "
                 f"{self.config.labels or 'data.examples.sources'}"
+            )
+
+    def check_labelled(self, example: Example) -> None:
+        finetune.need(example, "classification", meta=("label",))
+        if len(example.meta["label"].splitlines()) != 1:
+            raise UserError(
+                f"{example.where}: label {example.meta['label']!r} is no line of text, as {LABELS_FILE} needs"
             )
 
     def prepare(self, sample: Sample, stream: str, rng: np.random.Generator, training: bool) -> dict[str, Any]:

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from vlmoe.config import FinetuneConfig, ModelConfig, PretrainConfig, RunConfig, differences, load
@@ -15,6 +14,7 @@ from vlmoe.data import (
     Example,
     Examples,
     ExampleStream,
+    Pixels,
     SamplePlace,
     SampleStream,
     Tokenizer,
@@ -117,10 +117,8 @@ def auxiliary_loss(
     return config.load_balancing * balance + config.router_z * z, means
 
 
-def prepare_image(
-    image: Image.Image | None, config: FinetuneConfig, rng: np.random.Generator, training: bool
-) -> Tensor:
-    """A picture of an example as the recipe's transform (training), or whole and unchanged, in float [3, H, W]."""
+def prepare_image(image: Pixels | None, config: FinetuneConfig, rng: np.random.Generator, training: bool) -> Pixels:
+    """A picture of an example as the recipe's transform (training), or whole and unchanged: uint8 [3, H, W]."""
     assert image is not None
     size = config.model.image_size
     if training:
@@ -142,20 +140,35 @@ def open_training(config: FinetuneConfig, check: Callable[[Example], None]) -> E
 
 
 def stream_of(examples: Examples, config: FinetuneConfig) -> dict[str, SampleStream]:
+    """Raises UserError where more pictures are missing than `data.max_bad_fraction` allows: better now than at step 500."""
+    examples.check_pictures(max_missing=config.data.max_bad_fraction)
     return {STREAM: ExampleStream(examples, batch_size=config.data.examples.batch_size, seed=config.seed)}
 
 
 class HeldOut:
     """The examples that a task is scored on, and the check that each was scored just once."""
 
-    def __init__(self, config: FinetuneConfig, check: Callable[[Example], None]) -> None:
-        """Raises UserError for a row that is wrong or whose picture is missing: better now than after an hour."""
+    def __init__(
+        self, config: FinetuneConfig, check: Callable[[Example], None], is_labelled: Callable[[Example], bool]
+    ) -> None:
+        """A test set has no labels at all; one with some of them missing is refused, since they would count for nothing.
+
+        Raises:
+            UserError: a row is wrong or its picture is missing: better now than after an hour.
+        """
         sources = config.data.examples.eval_sources
         self.examples = open_examples(sources, recipe_key="data.examples.eval_sources") if sources else None
         self.ids: list[int | str] = []
+        unlabelled: list[str] = []
         for example in self.examples or ():
             check(example)
             self.ids.append(example.id)
+            if not is_labelled(example):
+                unlabelled.append(example.where)
+        if 0 < len(unlabelled) < len(self.ids):
+            raise UserError(
+                f"{unlabelled[0]}: there is nothing to score this by, though other held-out examples have it"
+            )
         if self.examples is not None:
             self.examples.check_pictures()
 
@@ -171,11 +184,12 @@ class HeldOut:
             UserError: an example has no record, for its picture could not be read.
         """
         found = {record["id"]: record for record in records}
-        missing = [key for key in self.ids if key not in found]
-        if missing:
+        missing = [number for number, key in enumerate(self.ids) if key not in found]
+        if missing and self.examples is not None:
             raise UserError(
-                f"{len(missing)} of {len(self.ids)} held-out examples could not be read, first id {missing[0]!r}; "
-                f"an evaluation leaves nothing out: `vlmoe check-data RECIPE` says what is wrong with it"
+                f"{len(missing)} of {len(self.ids)} held-out examples could not be read, first id "
+                f"{self.ids[missing[0]]!r}; see {self.examples[missing[0]].where}. An evaluation leaves nothing out: "
+                f"`vlmoe check-data RECIPE` says what is wrong with it"
             )
         return [found[key] for key in self.ids]
 

@@ -14,9 +14,11 @@ def read_labels(path: str) -> list[str]:
         UserError: the file is missing, empty, or names a label twice.
     """
     try:
-        labels = Path(path).read_text(encoding="utf-8").removesuffix("\n").split("\n")
+        labels = Path(path).read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
     except (OSError, UnicodeError) as error:
         raise UserError(f"labels: {path} cannot be read ({error}); name a file with a label a line") from None
+    if labels == [""]:
+        raise UserError(f"labels: {path} is empty; name a file with a label a line")
     seen: dict[str, int] = {}
     for number, label in enumerate(labels, start=1):
         if label in seen:

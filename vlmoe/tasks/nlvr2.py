@@ -44,7 +44,7 @@ class NLVR2:
 
     @cached_property
     def held_out(self) -> finetune.HeldOut:
-        return finetune.HeldOut(self.config, self.check)
+        return finetune.HeldOut(self.config, self.check, lambda each: "label" in each.meta)
 
     def open_streams(self) -> dict[str, SampleStream]:
         finetune.check_finetune(self.config)
@@ -60,12 +60,12 @@ class NLVR2:
                 f"{example.where}: id {example.id!r} is not split-set-pair-sentence, such as dev-850-0-0; "
                 f"consistency groups by it"
             )
+        if example.meta.get("label", LABELS[0]) not in LABELS:
+            raise UserError(f'{example.where}: label is {example.meta["label"]!r}; write "True" or "False"')
 
     def check_labelled(self, example: Example) -> None:
         self.check(example)
         finetune.need(example, "nlvr2", images=2, meta=("label",))
-        if example.meta["label"] not in LABELS:
-            raise UserError(f'{example.where}: label is {example.meta["label"]!r}; write "True" or "False"')
 
     def prepare(self, sample: Sample, stream: str, rng: np.random.Generator, training: bool) -> dict[str, Any]:
         tensors: dict[str, Any] = {

@@ -57,7 +57,7 @@ class Retrieval:
 
     @cached_property
     def held_out(self) -> finetune.HeldOut:
-        return finetune.HeldOut(self.config, self.check)
+        return finetune.HeldOut(self.config, self.check, lambda _: True)
 
     def open_streams(self) -> dict[str, SampleStream]:
         finetune.check_finetune(self.config)

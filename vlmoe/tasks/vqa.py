@@ -55,7 +55,7 @@ class VQA:
 
     @cached_property
     def held_out(self) -> finetune.HeldOut:
-        return finetune.HeldOut(self.config, self.check)
+        return finetune.HeldOut(self.config, self.check, lambda each: "answers" in each.meta)
 
     def open_streams(self) -> dict[str, SampleStream]:
         """Questions without any answer of the vocabulary teach nothing and are left out, as in ViLT and BEiT-3."""

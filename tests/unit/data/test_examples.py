@@ -1,6 +1,7 @@
 """Index files: every format says the same of the same pictures, wrong rows are named, and the order is a law."""
 
 import json
+import os
 import shutil
 from itertools import chain
 
@@ -88,6 +89,9 @@ def test_parts_are_whole_disjoint_and_independent_of_the_order(tiny_examples, tm
     assert {each.id for each in turned} == {each.id for each in held_out}
 
 
+ANNOTATIONS = "vqa/annotations_train.json"
+
+
 def change(name, line, **row):
     """An edit of a file of JSON lines: a row replaced, keys of None removed."""
 
@@ -95,6 +99,31 @@ def change(name, line, **row):
         lines = (folder / name).read_text().splitlines()
         new = {key: value for key, value in {**json.loads(lines[line]), **row}.items() if value is not None}
         (folder / name).write_text("\n".join([*lines[:line], json.dumps(new), *lines[line + 1 :]]))
+
+    return edit
+
+
+def test_a_name_that_is_no_utf8_can_be_held_out(tiny_examples, tmp_path):
+    for name in (b"a.png", b"\xff.png"):
+        path = os.path.join(os.fsencode(tmp_path), b"disc", name)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        shutil.copy(tiny_examples.folder / "images" / "0001.png", path)
+    source = {"format": "folders", "index": str(tmp_path), "held_out_images": 1}
+    both = [opened({**source, "part": part}) for part in ("rest", "held_out")]
+    assert [len(each) for each in both] == [1, 1]
+    for each in both:
+        each.check_pictures(decode=True)
+
+
+def change_in(name, rows, number, **row):
+    """An edit of a row of a list in a JSON file, keys of None removed; a row more, where `number` is its length."""
+
+    def edit(folder):
+        content = json.loads((folder / name).read_text())
+        there = content[rows]
+        there[number:] = [{**there[min(number, len(there) - 1)], **row}, *there[number + 1 :]]
+        there[number] = {key: value for key, value in there[number].items() if value is not None}
+        (folder / name).write_text(json.dumps(content))
 
     return edit
 
@@ -115,7 +144,23 @@ def cut(name, by=9):
         ("jsonl", cut("images/0007.png", by=40), "train.jsonl:8: picture '0007.png' in"),
         ("jsonl", lambda folder: (folder / "train.jsonl").unlink(), "train.jsonl does not exist"),
         ("jsonl", lambda folder: (folder / "train.jsonl").write_text("\n"), "holds no example"),
+        ("jsonl", change("train.jsonl", 4, answer=" "), "train.jsonl:5: an answer is blank"),
+        ("jsonl", change("train.jsonl", 4, image="a" * 300), "train.jsonl:5: there is no picture"),
+        ("jsonl", change("train.jsonl", 4, image="a\0.png"), "train.jsonl:5: there is no picture"),
+        ("jsonl", change("train.jsonl", 4, text="a \ud800"), "train.jsonl:5: its text is not valid Unicode"),
+        ("jsonl", change("train.jsonl", 4, id=True), "train.jsonl:5: 'id' is True; it must be of type int or str"),
+        ("jsonl", lambda f: (f / "train.jsonl").write_text("[" * 99999), "train.jsonl:1 is not valid JSON"),
         ("nlvr2", change("nlvr2/train.jsonl", 2, label="maybe"), "train.jsonl:3: label is 'maybe'"),
+        ("nlvr2", change("nlvr2/train.jsonl", 2, left_image=None), "train.jsonl:3: 'left_image' is missing"),
+        ("vqa", change_in(ANNOTATIONS, "annotations", 128, question_id=11), "annotations[128]: question 11 is annotated in"),
+        ("vqa", change_in(ANNOTATIONS, "annotations", 128, question_id=9), "annotations[128]: question 9 is not in"),
+        ("vqa", change_in(ANNOTATIONS, "annotations", 5, image_id=9), "questions[5]: image_id is 2, but 9 in the annotation"),
+        ("vqa", change_in(ANNOTATIONS, "annotations", 5, answers=[{"answer": "red"}] * 9), "[5]: it has 9 answers, not 10"),
+        ("vqa", change_in(ANNOTATIONS, "annotations", 5, answers=[]), "annotations[5]: it has 0 answers, not 10"),
+        ("vqa", change_in(ANNOTATIONS, "annotations", 5, question_type=[1]), "annotations[5]: 'question_type' is [1]"),
+        ("instances", change_in("coco/instances_train.json", "annotations", 5, image_id=999), "[5]: image_id 999 is not"),
+        ("karpathy", change_in("karpathy.json", "images", 5, imgid=[1]), "images[5]: 'imgid' is [1]; it must be of type"),
+        ("karpathy", change_in("karpathy.json", "images", 5, filepath=7), "images[5]: 'filepath' is 7; it must be of type"),
         ("vqa", cut("vqa/questions_train.json"), "questions_train.json is not valid JSON"),
         ("vqa", lambda f: shutil.copy(f / "vqa/annotations_val.json", f / "vqa/annotations_train.json"), "has no annotation"),
         ("coco", lambda f: shutil.copy(f / "karpathy.json", f / "coco/captions_train.json"), "images[0]: 'id' is missing"),

@@ -24,5 +24,7 @@ def test_predictions_may_be_bools() -> None:
 def test_clear_errors() -> None:
     with pytest.raises(UserError, match="dev-850-0-0 has no prediction"):
         nlvr2_scores(EXAMPLES, {})
+    with pytest.raises(UserError, match="'dev-850' is not split-set-pair-sentence"):
+        nlvr2_scores([{"identifier": "dev-850", "label": "True"}], {"dev-850": True})
     with pytest.raises(UserError, match="line 1"):
         read_nlvr2_predictions(["dev-850-0-0 True"])

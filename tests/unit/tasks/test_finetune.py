@@ -22,6 +22,7 @@ from vlmoe.models import resize_positions
 from vlmoe.models.weights import latest_checkpoint, read_tensors
 from vlmoe.tasks import load_run, make_task
 from vlmoe.tasks.check import check_data
+from vlmoe.tasks.labels import read_labels
 from vlmoe.train.tracker import read_metrics
 from vlmoe.train.trainer import evaluate, train
 
@@ -191,9 +192,41 @@ def test_an_evaluation_leaves_nothing_out(trained_vqa, tiny_examples, tmp_path):
     (tmp_path / "images" / "0070.png").write_bytes(b"no picture")
     with pytest.raises(UserError, match=r"2 of 32 held-out examples could not be read, first id 700; .*check-data"):
         evaluate(trained_vqa, [override])
+    with pytest.raises(UserError, match=r"questions_val.json: questions\[12\]"):
+        evaluate(trained_vqa, [override])
     (tmp_path / "images" / "0070.png").unlink()
     with pytest.raises(UserError, match=r"there is no picture '0070.png'"):
         evaluate(trained_vqa, [override])
+
+
+@pytest.mark.parametrize(
+    ("task", "format", "file", "key"),
+    [
+        ("vqa", "jsonl", "val.jsonl", "answer"),
+        ("classification", "jsonl", "val.jsonl", "label"),
+        ("nlvr2", "nlvr2", "nlvr2/val.jsonl", "label"),
+        ("captioning", "jsonl", "val.jsonl", "text"),
+    ],
+)
+def test_a_held_out_row_without_its_answer_is_named(finetune_recipe, tiny_examples, tmp_path, task, format, file, key):
+    rows = (tiny_examples.folder / file).read_text().splitlines()
+    rows[2] = json.dumps({name: value for name, value in json.loads(rows[2]).items() if name != key})
+    (tmp_path / "a.jsonl").write_text("\n".join(rows))
+    source = {**tiny_examples.source(format, "val"), "index": f"{tmp_path}/a.jsonl"}
+    config = load(finetune_recipe(task, format), [f"data.examples.eval_sources=[{json.dumps(source)}]"])
+    with pytest.raises(UserError, match=r"a.jsonl:3: there is nothing to score this by"):
+        train(config)
+
+
+def test_training_stops_before_it_starts_where_pictures_are_missing(finetune_recipe, tiny_examples, tmp_path):
+    shutil.copytree(tiny_examples.folder / "images", tmp_path / "images")
+    for number in (3, 5):
+        (tmp_path / "images" / f"000{number}.png").unlink()
+    source = json.dumps([{**tiny_examples.source("coco", "train"), "images": f"{tmp_path}/images"}])
+    recipe, sources = finetune_recipe("captioning", "coco", steps=1), f"data.examples.sources={source}"
+    with pytest.raises(UserError, match=r"images\[3\]: there is no picture '0003.png' in .* \(2 are missing\)"):
+        train(load(recipe, [sources]))
+    train(load(recipe, [sources, "data.max_bad_fraction=0.1"]))
 
 
 def test_a_test_set_without_answers_gives_predictions_and_no_figure(trained_vqa, tiny_examples):
@@ -229,6 +262,26 @@ def test_a_run_does_not_go_on_with_other_labels(finetune_recipe, tiny_examples, 
     (tmp_path / "own.jsonl").write_text((tmp_path / "own.jsonl").read_text().replace('"disc"', '"ball"'))
     with pytest.raises(UserError, match=r"labels.txt is not what the data of the recipe gives now; set another `out`"):
         train(load(recipe, [own]))
+
+
+@pytest.mark.parametrize("label", ["a\nb", ""])
+def test_a_label_that_is_no_line_is_named(finetune_recipe, tiny_examples, tmp_path, label):
+    rows = (tiny_examples.folder / "train.jsonl").read_text().splitlines()
+    rows[2] = json.dumps({**json.loads(rows[2]), "label": label})
+    (tmp_path / "a.jsonl").write_text("\n".join(rows))
+    source = json.dumps([{"index": f"{tmp_path}/a.jsonl", "images": f"{tiny_examples.folder}/images"}])
+    with pytest.raises(UserError, match=r"a.jsonl:3: label .* is no line of text"):
+        train(load(finetune_recipe("classification", "jsonl"), [f"data.examples.sources={source}"]))
+
+
+def test_a_file_of_labels(tmp_path):
+    path = tmp_path / "labels.txt"
+    path.write_bytes(b"\xef\xbb\xbfcat\r\ndog\r\n")
+    assert read_labels(str(path)) == ["cat", "dog"]
+    for content, message in {"": "is empty", "a\nb\na\n": ":3: label 'a' stands in line 1 already"}.items():
+        path.write_text(content)
+        with pytest.raises(UserError, match=message):
+            read_labels(str(path))
 
 
 def test_an_unknown_label_is_named(finetune_recipe, tiny_examples, tmp_path):

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from vlmoe.config import RunConfig, load, to_yaml
+from vlmoe.data import to_float
 from vlmoe.errors import UserError
 from vlmoe.metrics import recall_at_k
 from vlmoe.models.weights import latest_checkpoint, read_tensors
@@ -75,7 +76,7 @@ def test_retrieval_scores_equal_the_naive_matrix(recipe, tmp_path):
     samples = [place.load() for place in run.task.open_held_out()["examples"]]
     rng = np.random.default_rng(0)
     with torch.no_grad():
-        images = [run.task.prepare(each, "examples", rng, False)["image"] for each in samples]
+        images = [to_float(run.task.prepare(each, "examples", rng, False)["image"]) for each in samples]
         image_embedding = torch.cat([run.model(image[None]).image_embedding for image in images])
         text_embedding = torch.cat([run.task.embed_texts(run.model, [t]) for each in samples for t in each.texts])
     naive = recall_at_k(image_embedding @ text_embedding.T, np.repeat(np.arange(16), 2))
@@ -147,6 +148,7 @@ def test_hidden_words(recipe):
     assert (text[:2000] == 9).all()
     shares = [(text[2000:] == task.tokenizer.mask_id).float().mean(), (text[2000:] == 9).float().mean()]
     assert shares == pytest.approx([0.8, 0.1], abs=0.03)
+    assert set(text.tolist()) == set(range(3, task.tokenizer.vocab_size))  # as randint(3, vocab_size - 1) there
 
 
 def test_label_smoothing_is_the_released_codes(recipe):
@@ -156,6 +158,7 @@ def test_label_smoothing_is_the_released_codes(recipe):
     sample = task.training.load(0)
     part = {k: v[None] for k, v in task.prepare(sample, "examples", np.random.default_rng(0), True).items()}
     part["text_padding"] = torch.zeros_like(part["text"], dtype=torch.bool)
+    part["image"] = to_float(part["image"])
     targets = task.num_targets({"examples": part})
     loss = task.loss(model, {"examples": part}, targets).metrics["words"]
     out = model(part["image"], part["text"], text_masked=part["text_masked"], text_padding=part["text_padding"])
