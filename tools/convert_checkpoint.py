@@ -14,7 +14,6 @@ again with rows that nothing reads or predicts, so that the released code can lo
 
 import argparse
 import json
-import pickle
 import shutil
 import sys
 from collections.abc import Mapping
@@ -41,8 +40,14 @@ from vlmoe.config import (
 )
 from vlmoe.data import load_tokenizer
 from vlmoe.errors import UserError
-from vlmoe.models import Encoder, beit3_from_state_dict, beit3_to_state_dict, build_encoder
-from vlmoe.models.convert import PREFIX
+from vlmoe.models import (
+    Encoder,
+    beit3_from_state_dict,
+    beit3_task_from_state_dict,
+    beit3_to_state_dict,
+    build_encoder,
+)
+from vlmoe.models.convert import PREFIX, TASK_MODELS
 from vlmoe.models.encoder import Block
 from vlmoe.models.weights import latest_checkpoint, read_tensors
 from vlmoe.nn.embed import UNUSED_ROWS
@@ -110,13 +115,21 @@ def to_project(
         raise UserError(f"{out} exists; delete it or choose another --out")
     state = read_pth(source)
     width = state["beit3.text_embed.weight"].shape[-1] if "beit3.text_embed.weight" in state else 0
-    encoder = beit3_from_state_dict(state, attn_heads=attn_heads or max(1, width // 64), image_size=image_size)
-    heads = {key: tensor for key, tensor in state.items() if not key.startswith(PREFIX)}
-    task = next((task for head, task in TASK_OF_HEAD.items() if head in heads), "pretrain")
-    tensors = {f"encoder.{name}": tensor for name, tensor in encoder.state_dict().items()} | heads
+    attn_heads = attn_heads or max(1, width // 64)
+    task = next((task for head, task in TASK_OF_HEAD.items() if head in state), "pretrain")
+    if task == "pretrain":
+        encoder = beit3_from_state_dict(state, attn_heads=attn_heads, image_size=image_size)
+        tensors = {f"encoder.{name}": tensor for name, tensor in encoder.state_dict().items()}
+        tensors |= {key: tensor for key, tensor in state.items() if not key.startswith(PREFIX)}
+    else:
+        model = beit3_task_from_state_dict(task, state, attn_heads=attn_heads, image_size=image_size)
+        encoder, tensors = model.encoder, model.state_dict()
     config = _config(task, encoder, tokenizer, recipe, source)
-    if labels is not None and not isinstance(config, (VQAConfig, ClassificationConfig)):
+    answers = None if labels is None else read_answer2label(labels)
+    if answers is not None and not isinstance(config, (VQAConfig, ClassificationConfig)):
         raise UserError(f"{source} is a model of task {task}, which has no labels: leave out --labels")
+    if answers is not None and len(answers) != (classes := len(tensors[TASK_MODELS[task][1]])):
+        raise UserError(f"{labels} has {len(answers)} labels, but {source} tells {classes} apart: name its own labels")
 
     vocab_size, rows = load_tokenizer(config.data.text).vocab_size, len(tensors[TOKEN_ROWS[0]])
     if vocab_size > rows:
@@ -130,7 +143,7 @@ def to_project(
     files = {
         "recipe.yaml": to_yaml(config),
         "state.json": json.dumps({"step": 0, "source": source.name, "vlmoe": __version__}, indent=1),
-        **({LABELS_FILE: labels_text(read_answer2label(labels))} if labels else {}),
+        **({} if answers is None else {LABELS_FILE: labels_text(answers)}),
     }
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -183,8 +196,12 @@ def read_pth(path: Path) -> dict[str, Tensor]:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # files of one's own hold the options of the run
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise UserError(f"{path} is not a file of tensors that torch can read ({str(error).splitlines()[0]})") from None
+    except (
+        Exception
+    ) as error:  # each way of being damaged has its own; torch's text says how to execute it all the same
+        raise UserError(
+            f"{path} is not a file of tensors and plain values, or is damaged ({type(error).__name__}); nothing in it was run"
+        ) from None
     if isinstance(content, Mapping):
         content = next((content[key] for key in ("model", "module") if key in content), content)
     if not isinstance(content, Mapping) or not all(isinstance(tensor, Tensor) for tensor in content.values()):

@@ -111,6 +111,13 @@ def test_other_image_size_resizes_positions_only():
         ("beit3.encoder.layers.0.ffn.A.fc1.weight", torch.ones(97, 48), "fc1.bias has shape [96]; [97] is expected"),
         ("beit3.vision_embed.proj.weight", torch.ones(48, 3, 64), "proj.weight has shape [48, 3, 64]; 4 axes"),
         ("beit3.encoder.embed_positions.A.weight", torch.ones(18, 48), "A.weight: a position table of 18 rows"),
+        (
+            "beit3.vision_embed.proj.bias",
+            torch.ones(48).half(),
+            "proj.bias is torch.float16, but beit3.text_embed.weight",
+        ),
+        ("beit3.vision_embed.proj.bias", torch.ones(48).long(), "proj.bias is torch.int64; a tensor of floating-point"),
+        ("beit3.vision_embed.proj.bias", [1.0] * 48, "proj.bias is list; a tensor of floating-point numbers"),
     ],
 )
 def test_odd_checkpoints_are_named(key, change, line):
@@ -119,6 +126,14 @@ def test_odd_checkpoints_are_named(key, change, line):
     with pytest.raises(UserError) as error:
         beit3_from_state_dict(state if change is None else state | {key: change}, attn_heads=4)
     assert line in str(error.value)
+
+
+def test_half_precision_checkpoints_give_half_precision_encoders():
+    state, given, expected = read("encoder")
+    encoder = beit3_from_state_dict({key: tensor.half() for key, tensor in state.items()}, attn_heads=4).eval()
+    assert {each.dtype for each in encoder.parameters()} == {torch.float16}
+    out = encoder.float()(given["image"])
+    torch.testing.assert_close(out.states, expected["image_only"], atol=0.02, rtol=0.0)
 
 
 def test_odd_tasks_and_heads_are_named():

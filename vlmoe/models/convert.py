@@ -35,7 +35,7 @@ TASK_MODELS: dict[str, tuple[type[TaskModel], str]] = {
 def beit3_from_state_dict(
     state_dict: Mapping[str, Tensor], *, attn_heads: int, image_size: int | None = None, drop_path: float = 0.0
 ) -> Encoder:
-    """The encoder of a released BEiT-3 checkpoint; every size comes from its tensors.
+    """The encoder of a released BEiT-3 checkpoint; every size and the dtype come from its tensors.
 
     Args:
         state_dict: tensors under the official names; keys that do not begin with "beit3." (heads) are not looked at.
@@ -44,7 +44,7 @@ def beit3_from_state_dict(
         drop_path: of the last layer, for fine-tuning.
 
     Raises:
-        UserError: a key is missing, unknown, or of a shape that does not fit the others; the line names it.
+        UserError: a key is missing, unknown, or of a shape or dtype that does not fit the others; the line names it.
     """
     state = {key: tensor for key, tensor in state_dict.items() if key.startswith(PREFIX)}
     patch_size = _size(state, "beit3.vision_embed.proj.weight", axis=3, dims=4)
@@ -80,8 +80,10 @@ def beit3_from_state_dict(
 
     layout = _layout(config.depth, final_norm)
     official = [key for keys in layout.values() for key in keys]
+    dtype = _tensor(state, official[0]).dtype
     for key in official:
-        _tensor(state, key)
+        if (own := _tensor(state, key).dtype) != dtype:
+            raise UserError(f"checkpoint key {key} is {own}, but {official[0]} is {dtype}; convert all to one dtype")
     if unknown := sorted(state.keys() - set(official)):
         raise UserError(f"checkpoint key {unknown[0]} is not one of a BEiT-3 encoder of depth {config.depth}")
     for ours, parameter in encoder.named_parameters():
@@ -185,7 +187,11 @@ def _head_parameters(model: TaskModel) -> dict[str, nn.Parameter]:
 def _tensor(state: Mapping[str, Any], key: str) -> Tensor:
     if key not in state:
         raise UserError(f"checkpoint key {key} is missing")
-    return state[key]
+    tensor = state[key]
+    if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+        kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise UserError(f"checkpoint key {key} is {kind}; a tensor of floating-point numbers is expected")
+    return tensor
 
 
 def _size(state: Mapping[str, Any], key: str, *, axis: int, dims: int) -> int:

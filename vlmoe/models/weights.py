@@ -45,7 +45,7 @@ def checkpoint_folder(run: Path, step: int) -> Path:
 
 def checkpoint_steps(run: Path) -> list[int]:
     """Steps of the complete checkpoints of a run, oldest first."""
-    return sorted(int(path.name.removeprefix("step-")) for path in (run / "checkpoints").glob("step-????????"))
+    return sorted(int(path.name.removeprefix("step-")) for path in (run / "checkpoints").glob("step-" + "[0-9]" * 8))
 
 
 def latest_checkpoint(run: Path) -> Path:

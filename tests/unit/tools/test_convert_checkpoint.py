@@ -96,13 +96,24 @@ def test_what_is_wrong_is_one_line(tmp_path, tiny_world, monkeypatch, capsys):
 
     (tmp_path / "evil.pth").write_bytes(pickle.dumps(Evil(), protocol=2))
     (tmp_path / "short.pth").write_bytes(b"PK")
+    (tmp_path / "empty.pth").write_bytes(b"")
+    (tmp_path / "text.pth").write_text("hello")
     torch.save([1], tmp_path / "list.pth")
     torch.save({"model": {"head.weight": torch.ones(2)}}, tmp_path / "other.pth")
     good = write_pth(tmp_path, "vqa")
+    (tmp_path / "cut.pth").write_bytes(good.read_bytes()[:5000])
+    state = read_pth(good)
+    torch.save({key: tensor for key, tensor in state.items() if key != "head.3.bias"}, tmp_path / "headless.pth")
+    (tmp_path / "two.txt").write_text('{"answer": "a", "label": 0}\n{"answer": "b", "label": 1}\n')
     (tmp_path / "there").mkdir()
     for source, more, message in [
         (tmp_path / "evil.pth", [], "not a file of tensors"),
         (tmp_path / "short.pth", [], "not a file of tensors"),
+        (tmp_path / "empty.pth", [], "not a file of tensors"),
+        (tmp_path / "text.pth", [], "not a file of tensors"),
+        (tmp_path / "cut.pth", [], "not a file of tensors"),
+        (tmp_path / "headless.pth", [], "checkpoint key head.3.bias is missing"),
+        (good, ["--labels", str(tmp_path / "two.txt")], "two.txt has 2 labels, but"),
         (tmp_path / "list.pth", [], "holds no state dict"),
         (tmp_path / "other.pth", [], "checkpoint key beit3.vision_embed.proj.weight is missing"),
         (tmp_path / "none.pth", [], "does not exist"),
@@ -114,7 +125,7 @@ def test_what_is_wrong_is_one_line(tmp_path, tiny_world, monkeypatch, capsys):
         monkeypatch.setattr("sys.argv", ["convert_checkpoint", *arguments])
         assert main() == 2
         said = capsys.readouterr().err
-        assert message in said and said.count("\n") == 1
+        assert message in said and said.count("\n") == 1 and "weights_only" not in said
         assert not (tmp_path / "out").exists()
     assert not (tmp_path / "executed").exists()
 
