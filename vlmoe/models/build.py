@@ -15,6 +15,7 @@ from vlmoe.nn.budget import dense_cost, flops_parity_hidden_dim
 from vlmoe.nn.embed import TextEmbed, VisionEmbed
 from vlmoe.nn.experts import Experts
 from vlmoe.nn.ffn import FeedForward
+from vlmoe.nn.kernels import triton_problem
 from vlmoe.nn.mhmoe import MHMoE
 from vlmoe.nn.moe import MoE
 from vlmoe.nn.multiway import PER_MODALITY, SHARED, Multiway, MultiwayFFN, NormLinear
@@ -105,26 +106,39 @@ def check_model(config: ModelConfig) -> None:
                 raise UserError(f"{name} is {width}; model.ffn.backend=grouped needs a multiple of 8")
 
 
+def check_backend(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
+    """Raises UserError where the experts' backend cannot run on this device, in this dtype."""
+    ffn = config.ffn
+    if ffn.backend == "triton" and sparse_layers(config):
+        sub_dim = config.dim // (ffn.num_heads if ffn.kind == "mhmoe" else 1)
+        hidden_dim = ffn.hidden_dim or expert_dim(ffn, config.dim, ffn.dense_dim or 4 * config.dim)
+        if problem := triton_problem(torch.empty(0, sub_dim, dtype=dtype, device=device), hidden_dim):
+            raise UserError(f"model.ffn: {problem}")
+
+
 def init_weights(encoder: Encoder) -> None:
-    """Truncated normal of std 0.02, and sqrt(log(2 * depth)) times that for the value and output projections and both
-    matrices of a feed-forward layer (Magneto, arXiv:2210.06423, figure 2, encoder-only models).
+    """Truncated normal of std 0.02 at width 768, as in BEiT-3, and sqrt(log(2 * depth)) times that for the value and
+    output projections and both matrices of a feed-forward layer (Magneto, arXiv:2210.06423, figure 2, encoder-only
+    models). At another width std goes with dim ** -0.5, so that outputs start equally large: at 0.02 narrow models
+    hardly learn for hundreds of steps.
 
     Sparse layers keep what their modules draw (std by fan-in, for an expert is narrower than a layer; router, split and
     merge as in their papers), with the same factor on the experts' matrices.
     """
     gain = math.sqrt(math.log(2 * len(encoder.layers)))
+    init_plain = partial(_init_plain, std=0.02 * math.sqrt(768 / encoder.dim))
     for module in (encoder.vision_embed, encoder.text_embed):
-        module.apply(_init_plain)
+        module.apply(init_plain)
     for block in encoder.layers:
         assert isinstance(block, Block)
-        block.attention.apply(_init_plain)
+        block.attention.apply(init_plain)
         for part, first_row in ((block.attention.qkv, 2 * encoder.dim), (block.attention.out, 0)):
             for copy in part.modules():
                 if isinstance(copy, NormLinear):
                     _scale(copy.linear.weight[first_row:], gain)
         for copy in block.ffn.ffn.children():
             if isinstance(copy, FeedForward):
-                copy.apply(_init_plain)
+                copy.apply(init_plain)
                 for linear in (copy.fc1, copy.fc2):
                     _scale(linear.weight, gain)
             for experts in copy.modules():
@@ -216,9 +230,9 @@ def expert_dim(ffn: FFNConfig, dim: int, dense_dim: int) -> int:
         raise UserError(f"model.ffn.hidden_dim: no width matches the dense layer, for {error}") from None
 
 
-def _init_plain(module: nn.Module) -> None:
+def _init_plain(module: nn.Module, std: float) -> None:
     if isinstance(module, (nn.Linear, nn.Conv2d)):
-        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.trunc_normal_(module.weight, std=std)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
 

@@ -45,6 +45,10 @@ class Pretrain:
         self.tokenizer = load_tokenizer(data.text)
         self.pad_id, self.max_text_length = self.tokenizer.pad_id, config.model.max_text_length
         self.grid = config.model.image_size // config.model.patch_size
+        if self.streams != ("texts",) and not round(config.image_mask_ratio * self.grid**2):
+            raise UserError(
+                f"image_mask_ratio {config.image_mask_ratio:g} hides none of the {self.grid**2} patches of an image: raise it"
+            )
         self.codes_of = _load_codes_of(config).to(device) if self.streams != ("texts",) else None
 
     def build_model(self) -> PretrainModel:
@@ -189,7 +193,10 @@ def _load_codes_of(config: PretrainConfig) -> VisualTokenizer:
         raise UserError(
             "visual_tokenizer is not set: train one (vlmoe train recipes/visual_tokenizer/tiny.yaml) and name its run folder"
         )
-    codes_of = load_visual_tokenizer(Path(config.visual_tokenizer))
+    try:
+        codes_of = load_visual_tokenizer(Path(config.visual_tokenizer))
+    except UserError as error:
+        raise UserError(f"visual_tokenizer: {error}") from None
     for key in ("image_size", "patch_size"):
         own, its = getattr(config.model, key), getattr(codes_of, key)
         if own != its:

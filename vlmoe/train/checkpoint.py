@@ -75,7 +75,10 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None
     if optimizer is not None:
         _fill_optimizer(optimizer, read_tensors(folder / "optimizer.safetensors"))
     try:
-        return json.loads((folder / "state.json").read_text())
+        state = json.loads((folder / "state.json").read_text())
+        if not isinstance(state, dict) or not {"step", "bad_samples"} <= state.keys():
+            raise ValueError("step or bad_samples is not there")
+        return state
     except (OSError, ValueError) as error:
         raise UserError(f"{folder / 'state.json'} is missing or damaged ({error}); delete {folder}") from None
 

@@ -50,11 +50,18 @@ class Tracker:
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The lines of a run's `metrics.jsonl`, oldest first."""
+    """The lines of a run's `metrics.jsonl`, oldest first; one that a crash cut short is left out.
+
+    Raises:
+        UserError: there is no such file, or it is damaged.
+    """
     path = run / "metrics.jsonl"
     if not path.is_file():
         raise UserError(f"{path} does not exist; name the folder of a run that `vlmoe train` wrote")
-    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+    try:
+        return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); mend it or move it away") from None
 
 
 def _drop_later_lines(path: Path, first_step: int) -> None:

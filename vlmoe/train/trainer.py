@@ -6,9 +6,12 @@ everything the model draws (drop path, codebook restarts). A run that stopped at
 
 import itertools
 import json
+import logging
 import signal
 import threading
 import time
+from collections import Counter
+from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from vlmoe import __version__
-from vlmoe.config import RunConfig, differences, load, to_yaml
-from vlmoe.data import BadSampleCounter, Batch, EvalLoader, build_eval_loader, build_loader
+from vlmoe.config import ModelConfig, RunConfig, differences, load, to_yaml
+from vlmoe.data import BadSample, BadSampleCounter, Batch, EvalLoader, build_eval_loader, build_loader
 from vlmoe.errors import UserError
+from vlmoe.models.build import check_backend
 from vlmoe.models.weights import checkpoint_folder, checkpoint_steps, latest_checkpoint
 from vlmoe.tasks import Task, load_run, make_task
 from vlmoe.train import checkpoint, parallel
@@ -34,6 +38,8 @@ FREE_TO_CHANGE = {
     "out", "stop_at", "device", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "tensorboard",
     "wandb_project", "data.workers", "data.max_bad_fraction",
 }  # fmt: skip
+NAMED = 20  # broken samples of each cause that the log names; all are counted
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -41,7 +47,7 @@ class Outcome:
     """How a call of `train` ended."""
 
     step: int
-    was_interrupted: bool  # by a signal
+    was_interrupted: bool  # by a signal, before the last step
     metrics: dict[str, float]  # of the last evaluation; empty when there was none
 
 
@@ -64,6 +70,7 @@ def evaluate(run: Path, overrides: list[str]) -> dict[str, float]:
     config = load(latest_checkpoint(run) / "recipe.yaml", overrides)
     ranks = parallel.join(config.device)
     try:
+        _check_backend(config, ranks)
         loaded = load_run(run, ranks.device, overrides)
         held_out = _open_held_out(loaded.config, loaded.task, ranks)
         return _evaluate(
@@ -77,6 +84,7 @@ def _train(config: RunConfig, ranks: parallel.Ranks) -> Outcome:
     run = Path(config.out)
     torch.manual_seed(config.seed)
     task = make_task(config, ranks.device)
+    _check_backend(config, ranks)
     model = task.build_model().to(ranks.device)
     if not checkpoint_steps(run):
         task.start(model)
@@ -102,6 +110,7 @@ def _train(config: RunConfig, ranks: parallel.Ranks) -> Outcome:
         for step, micro_batches in enumerate(batches, start=first + 1):
             started = time.monotonic()
             for batch in micro_batches:
+                _name(batch.bad, bad.causes)
                 bad.add(batch.bad, seen=batch.seen)
             found = _step(config, task, model, optimizer, micro_batches, step, ranks)
             is_last = step == last or parallel.on_any_rank(stop.is_set(), ranks.device)
@@ -135,7 +144,7 @@ def _train(config: RunConfig, ranks: parallel.Ranks) -> Outcome:
                 break
     if tracker and first < config.steps:
         tracker.say(f"stopped after step {first} of {config.steps}; the same command goes on from there")
-    return Outcome(step=first, was_interrupted=stop.is_set(), metrics=metrics)
+    return Outcome(step=first, was_interrupted=stop.is_set() and first < config.steps, metrics=metrics)
 
 
 def _step(
@@ -188,17 +197,27 @@ def _evaluate(
     config: RunConfig, task: Task, model: nn.Module, held_out: list[EvalLoader], ranks: parallel.Ranks,
     *, run: Path, checkpoint: str,
 ) -> dict[str, float]:  # fmt: skip
-    """The figures of all held-out samples; rank 0 writes them and the predictions into the folder `run`."""
+    """The figures of all held-out samples; rank 0 writes them and the predictions into the folder `run`.
+
+    Raises:
+        UserError: too many of them are broken.
+    """
     model.eval()
     records: list[dict[str, Any]] = []
+    broken: list[BadSample] = []
+    seen = 0
     for batch in itertools.chain.from_iterable(held_out):
+        _name(batch.bad, Counter(each.cause for each in broken))
+        broken, seen = broken + batch.bad, seen + batch.seen
         if batch.inputs:
             with _autocast(config, ranks):
                 records += task.predict(model, batch.inputs)
     records = parallel.gather_lists(records)
+    bad = BadSampleCounter(config.data.max_bad_fraction)
+    bad.add(parallel.gather_lists(broken), seen=sum(parallel.gather_lists([seen])))
     if not records:
         return {}
-    figures = task.score(records)
+    figures = task.score(records) | {f"bad_samples/{cause}": float(count) for cause, count in bad.causes.items()}
     if ranks.is_main:
         said = json.dumps({"checkpoint": checkpoint, "metrics": figures}, indent=1)
         for name, content in {"metrics.json": said, **task.prediction_files(records)}.items():
@@ -225,6 +244,22 @@ def _resume(
     state = checkpoint.load(folder, model, optimizer)
     bad.load_state_dict(state["bad_samples"])
     return int(state["step"])
+
+
+def _check_backend(config: RunConfig, ranks: parallel.Ranks) -> None:
+    model = getattr(config, "model", None)
+    if isinstance(model, ModelConfig):
+        is_bf16 = precision(config, ranks.device) == "bf16"
+        check_backend(model, ranks.device, torch.bfloat16 if is_bf16 else torch.float32)
+
+
+def _name(broken: Sequence[BadSample], before: Counter[str]) -> None:
+    """Write into the log which samples are broken, until NAMED of a cause are; `before` were counted already."""
+    causes = before.copy()
+    for each in broken:
+        causes[each.cause] += 1
+        if causes[each.cause] <= NAMED:
+            _log.warning("broken sample: %s key %s (%s)", each.shard, each.key, each.cause)
 
 
 class _Health:

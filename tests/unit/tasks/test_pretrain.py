@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 
 from vlmoe.config import load
-from vlmoe.data import BrokenSample, Sample, collate
+from vlmoe.data import BrokenSample, Sample, collate, to_device, to_float
+from vlmoe.errors import UserError
 from vlmoe.metrics.perplexity import perplexity, unigram_perplexity
 from vlmoe.tasks import make_task
 from vlmoe.tasks.pretrain import Pretrain
@@ -46,6 +47,16 @@ def test_exactly_forty_percent_of_the_patches_are_hidden(task, samples, stream):
     assert all(tensors["image_masked"].sum() == round(0.4 * 16) for tensors in prepared(task, samples, stream))
 
 
+def test_a_mask_ratio_that_hides_nothing_is_refused(pretrain_recipe):
+    with pytest.raises(UserError, match=r"image_mask_ratio 0.03 hides none of the 16 patches"):
+        make_task(load(pretrain_recipe, ["image_mask_ratio=0.03"]), torch.device("cpu"))
+
+
+def test_a_visual_tokenizer_that_is_not_trained_yet_is_named_by_its_key(pretrain_recipe, tmp_path):
+    with pytest.raises(UserError, match=r"visual_tokenizer: .* has no checkpoint"):
+        make_task(load(pretrain_recipe, [f"visual_tokenizer={tmp_path}"]), torch.device("cpu"))
+
+
 def test_streams_carry_what_they_are_made_of(task, samples):
     assert prepared(task, samples, "images")[0].keys() == {"image", "image_masked"}
     assert prepared(task, samples, "texts")[0].keys() == {"text", "text_masked"}
@@ -54,14 +65,16 @@ def test_streams_carry_what_they_are_made_of(task, samples):
 def test_the_loss_is_that_of_the_samples_one_at_a_time(task, samples):
     model = task.build_model().eval().requires_grad_(False)
     parts = {stream: prepared(task, samples, stream) for stream in ("images", "texts", "pairs")}
-    inputs = {stream: collate(rows, pad_id=task.pad_id) for stream, rows in parts.items()}
+    inputs = {
+        stream: to_device(collate(rows, pad_id=task.pad_id), torch.device("cpu")) for stream, rows in parts.items()
+    }
     counts = {name: float(count) for name, count in task.num_targets(inputs).items()}
     together = task.loss(model, inputs, counts)
 
     sums = dict.fromkeys(("images_image", "texts_text", "pairs_image", "pairs_text"), 0.0)
     for stream, rows in parts.items():
         for row in rows:
-            text, image = row.get("text"), row.get("image")
+            text, image = row.get("text"), to_float(row["image"]) if "image" in row else None
             hidden = text[None].masked_fill(row["text_masked"], task.tokenizer.mask_id) if text is not None else None
             masked = row["image_masked"][None] if image is not None else None
             states = model.encoder(image[None] if image is not None else None, hidden, image_masked=masked)

@@ -1,6 +1,7 @@
 """The training loop: it learns, it stops and goes on bit-equal, and it never saves nonsense."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,6 +17,14 @@ from vlmoe.models.weights import checkpoint_steps, latest_checkpoint, read_tenso
 from vlmoe.train import checkpoint
 from vlmoe.train.tracker import read_metrics
 from vlmoe.train.trainer import evaluate, train
+
+
+@pytest.fixture
+def broken_shard(tiny_world, tmp_path) -> Path:
+    """A shard none of whose pictures can be decoded."""
+    path = tmp_path / "broken.tar"
+    path.write_bytes((tiny_world.folder / "pairs-000000.tar").read_bytes().replace(b"\x89PNG", b"\x89BAD"))
+    return path
 
 
 def losses(run: Path) -> list[dict[str, float]]:
@@ -55,6 +64,38 @@ def test_a_killed_run_goes_on_bit_equal(pretrain_recipe, uninterrupted, tmp_path
     )
     train(load(pretrain_recipe, [f"out={tmp_path}", "checkpoint_every=2"]))
     assert losses(tmp_path) == losses(uninterrupted)
+
+
+def test_a_signal_to_the_whole_group_of_processes_leaves_the_workers_to_the_last_step(
+    pretrain_recipe, uninterrupted, tmp_path
+):
+    command = [sys.executable, "-m", "vlmoe", "train", str(pretrain_recipe), f"out={tmp_path}", "data.workers=2"]
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    process = subprocess.Popen(
+        command, env={**os.environ, **threads}, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert process.stderr is not None
+    while not (line := process.stderr.readline()).startswith("step 2/"):
+        assert line, "the run ended before its second step"
+    os.killpg(process.pid, signal.SIGTERM)
+    rest = process.communicate()[1]
+    assert process.returncode == 130 and "Traceback" not in rest and "the same command goes on from there" in rest
+    train(load(pretrain_recipe, [f"out={tmp_path}"]))
+    assert losses(tmp_path) == losses(uninterrupted)
+
+
+def test_a_signal_in_the_last_step_interrupts_nothing(pretrain_recipe, tmp_path, monkeypatch):
+    sent: list[int] = []
+
+    def signalled(step: int, steps: int, config: object) -> float:
+        if step == steps - 1 and not sent:
+            sent.append(step)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return 1e-3
+
+    monkeypatch.setattr("vlmoe.train.trainer.learning_rate", signalled)
+    outcome = train(load(pretrain_recipe, [f"out={tmp_path}", "steps=2"]))
+    assert outcome.step == 2 and not outcome.was_interrupted
 
 
 def test_accumulation_changes_nothing_but_memory(pretrain_recipe, tmp_path):
@@ -114,12 +155,45 @@ def test_old_checkpoints_are_pruned(pretrain_recipe, tmp_path):
     assert checkpoint_steps(tmp_path) == [9, 12]
 
 
-def test_broken_samples_are_counted_and_too_many_stop_the_run(pretrain_recipe, tiny_world, tmp_path):
-    shard = tiny_world.folder / "pairs-000000.tar"
-    content = shard.read_bytes().replace(b"\x89PNG", b"\x89BAD")
-    (tmp_path / "broken.tar").write_bytes(content)
-    sources = f"data.pairs.sources=[{{shards: {tiny_world.pairs}}}, {{shards: {tmp_path}/broken.tar}}]"
+def test_broken_samples_are_counted_and_named_and_too_many_stop_the_run(
+    pretrain_recipe, tiny_world, broken_shard, tmp_path, caplog
+):
+    sources = f"data.pairs.sources=[{{shards: {tiny_world.pairs}}}, {{shards: {broken_shard}}}]"
     train(load(pretrain_recipe, [f"out={tmp_path / 'a'}", sources, "data.max_bad_fraction=0.5"]))
-    assert max(line.get("bad_samples/undecodable image", 0) for line in read_metrics(tmp_path / "a")) > 0
+    count = max(line.get("bad_samples/undecodable image", 0) for line in read_metrics(tmp_path / "a"))
+    named = [each.message for each in caplog.records if each.message.startswith("broken sample")]
+    assert 0 < len(named) == min(count, 20)
+    assert all(re.fullmatch(rf"broken sample: {broken_shard} key \d+ \(undecodable image\)", line) for line in named)
     with pytest.raises(UserError, match=r"samples are broken.*undecodable image .*broken.tar"):
         train(load(pretrain_recipe, [f"out={tmp_path / 'b'}", sources]))
+
+
+def test_broken_held_out_samples_are_counted_and_named_and_too_many_stop_it(
+    pretrain_recipe, tiny_world, broken_shard, tmp_path, caplog
+):
+    shards = f"data.pairs.eval_shards=[{tiny_world.held_out}, {broken_shard}]"
+    train(load(pretrain_recipe, [f"out={tmp_path / 'run'}", "steps=1"]))
+    figures = evaluate(tmp_path / "run", [shards, "data.max_bad_fraction=0.9"])
+    assert figures["bad_samples/undecodable image"] == 32
+    assert sum(f"broken sample: {broken_shard}" in each.message for each in caplog.records) == 20
+    with pytest.raises(UserError, match=r"64 of 128 samples are broken.*mend the shards or raise it"):
+        evaluate(tmp_path / "run", [f"data.pairs.eval_shards=[{tiny_world.held_out}, {broken_shard}, {broken_shard}]"])
+
+
+def test_damaged_state_and_odd_folders(pretrain_recipe, tmp_path):
+    train(load(pretrain_recipe, [f"out={tmp_path}", "stop_at=1"]))
+    (tmp_path / "checkpoints" / "step-copied00").mkdir()
+    assert checkpoint_steps(tmp_path) == [1]
+    (tmp_path / "metrics.jsonl").write_text("{nonsense}\n")
+    with pytest.raises(UserError, match=r"metrics.jsonl is damaged"):
+        train(load(pretrain_recipe, [f"out={tmp_path}"]))
+    (tmp_path / "checkpoints" / "step-00000001" / "state.json").write_text("[]")
+    with pytest.raises(UserError, match=r"state.json is missing or damaged \(step or bad_samples is not there\)"):
+        train(load(pretrain_recipe, [f"out={tmp_path}"]))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the backend may run there")
+def test_a_backend_that_cannot_run_here_is_refused_before_the_run(pretrain_recipe, tmp_path):
+    with pytest.raises(UserError, match=r"model.ffn: backend 'triton' needs"):
+        train(load(pretrain_recipe, [f"out={tmp_path}", "model.ffn.backend=triton"]))
+    assert not (tmp_path / "metrics.jsonl").exists()
