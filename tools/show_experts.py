@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 
 import torch
-from PIL import Image
 
+from vlmoe.data import Pixels
 from vlmoe.data.sample import BrokenSample, decode_image
-from vlmoe.data.transforms import eval_transform
+from vlmoe.data.transforms import eval_transform, to_float
 from vlmoe.errors import UserError
 from vlmoe.inspect.pictures import draw_experts
 from vlmoe.inspect.reading import draw_samples
@@ -25,7 +25,7 @@ def main() -> int:
     parser.add_argument("run", type=Path, help="folder of a pretraining run")
     parser.add_argument("pictures", type=Path, nargs="*", help="image files; none: held-out pairs of the recipe")
     parser.add_argument("--out", type=Path, required=True, help="PNG to write; without pictures, a folder")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()  # pictures before or after --out
     try:
         paths = [show(args.run, args.pictures, args.out)] if args.pictures else list(_samples(args.run, args.out))
     except UserError as error:
@@ -42,7 +42,7 @@ def show(run: Path, pictures: list[Path], out: Path) -> Path:
     if not isinstance(loaded.task, Pretrain):
         raise UserError(f"{run} is a run of task {loaded.config.task!r}; name one of task pretrain")
     size = loaded.task.config.model.image_size
-    images = torch.stack([eval_transform(_open(path), image_size=size) for path in pictures])
+    images = to_float(torch.stack([eval_transform(_open(path), image_size=size) for path in pictures]))
     output = loaded.model(images)
     if not output.routings:
         raise UserError(f"{run} has only dense layers: there are no experts to show")
@@ -56,7 +56,7 @@ def _samples(run: Path, out: Path) -> list[Path]:
     return list(draw_samples(load_run(run, device, []), out, device=device).values())
 
 
-def _open(path: Path) -> Image.Image:
+def _open(path: Path) -> Pixels:
     try:
         return decode_image(path.read_bytes())
     except OSError as error:

@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torchvision.transforms.v2.functional import to_pil_image
 from tqdm import tqdm
 
 from vlmoe.data.sample import IMAGE_EXTENSIONS
@@ -54,7 +55,7 @@ def index_folder(model: Model, folder: Path) -> ImageIndex:
     kept = {name: known[name][1] for name, stamp in found.items() if name in known and known[name][0] == stamp}
     new, unreadable = [name for name in found if name not in kept], []
     for start in tqdm(range(0, len(new), model.batch_size), desc="embedding pictures", delay=2):
-        pictures: dict[str, Image.Image] = {}
+        pictures: dict[str, Tensor] = {}
         for name in new[start : start + model.batch_size]:
             try:
                 pictures[name] = open_picture(folder / name)
@@ -87,7 +88,7 @@ def contact_sheet(paths: Sequence[Path], columns: int = 5) -> Image.Image:
     rows = -(-len(paths) // columns)
     sheet = Image.new("RGB", (min(columns, len(paths)) * THUMBNAIL, rows * THUMBNAIL), "white")
     for number, path in enumerate(paths):
-        picture = open_picture(path)
+        picture = to_pil_image(open_picture(path))
         picture.thumbnail((THUMBNAIL - 4, THUMBNAIL - 4))
         row, column = divmod(number, columns)
         sheet.paste(

@@ -14,8 +14,8 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from vlmoe.data import BrokenSample, Sample, collate
-from vlmoe.data.sample import decode_image
+from vlmoe.data import BrokenSample, Pixels, Sample, collate, to_device
+from vlmoe.data.sample import decode_image, to_pixels, to_rgb
 from vlmoe.errors import UserError
 from vlmoe.tasks import load_run
 from vlmoe.tasks.captioning import Captioning
@@ -25,8 +25,8 @@ from vlmoe.tasks.retrieval import Retrieval
 from vlmoe.tasks.vqa import VQA
 from vlmoe.train.trainer import precision
 
-Picture = str | Path | Image.Image
-Pictures = list[str] | list[Path] | list[Image.Image]
+Picture = str | Path | Image.Image | Pixels
+Pictures = list[str] | list[Path] | list[Image.Image] | list[Pixels]
 T = TypeVar("T")
 
 
@@ -45,16 +45,23 @@ def load(run: str | Path, device: str = "auto", *, batch_size: int = 32, overrid
         overrides: `key=value` settings that replace the recipe's, such as "beam_size=5".
 
     Raises:
-        UserError: there is no checkpoint, or it is damaged.
+        UserError: there is no checkpoint, or it is damaged; there is no such device; `batch_size` is below 1.
     """
+    if batch_size < 1:
+        raise UserError(f"batch_size is {batch_size}; it must be at least 1")
     on = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    try:
+        torch.empty(0, device=on)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device {on!r} cannot be used here ({str(error).splitlines()[0]}); use cpu or auto") from None
     return Model(Path(run), torch.device(on), batch_size, overrides)
 
 
 class Model:
     """Every method takes one picture or text, or a list, and returns one result or a list of them.
 
-    A picture is a path or a PIL image. What the run's task does not do raises a UserError that names the task which does.
+    A picture is a path, a PIL image, or uint8 RGB pixels [3, height, width]. What the run's task does not do raises a
+    UserError that names the task which does.
     """
 
     def __init__(self, run: Path, device: torch.device, batch_size: int, overrides: Sequence[str]) -> None:
@@ -127,14 +134,18 @@ class Model:
         found = self._of_pictures(
             image, task, lambda part: list(self._model(part["image"]).image_embedding.float().cpu())
         )
-        return torch.stack(found) if isinstance(image, list) else found
+        if isinstance(image, list):
+            return torch.stack(found) if found else torch.zeros(0, task.config.model.dim)
+        return found
 
     def embed_text(self, text: str | list[str]) -> Float[Tensor, "*texts dim"]:
         """Of unit length, float32, on the CPU."""
         task, texts = self._of(Retrieval, "retrieval", "embeds texts"), _as_list(text)
         with torch.inference_mode(), self._autocast():
             parts = [texts[i : i + self.batch_size] for i in range(0, len(texts), self.batch_size)]
-            found = torch.cat([task.embed_texts(self._model, part).cpu() for part in parts])
+            found = torch.cat(
+                [torch.zeros(0, task.config.model.dim), *(task.embed_texts(self._model, part).cpu() for part in parts)]
+            )
         return found if isinstance(text, list) else found[0]
 
     def _of(self, kind: type[T], name: str, does: str) -> T:
@@ -153,9 +164,8 @@ class Model:
         results: list[Any] = []
         while part := list(islice(prepared, self.batch_size)):
             batch = collate(part, pad_id=task.pad_id, max_text_length=task.max_text_length)
-            moved = {name: x.to(self.device) if isinstance(x, Tensor) else x for name, x in batch.items()}
             with torch.inference_mode(), self._autocast():
-                results += run(moved)
+                results += run(to_device(batch, self.device))
         return results
 
     def _autocast(self) -> torch.autocast:
@@ -163,14 +173,18 @@ class Model:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=is_bf16)
 
 
-def open_picture(picture: Picture) -> Image.Image:
+def open_picture(picture: Picture) -> Pixels:
     """RGB and upright. Raises UserError for a file that is missing or no picture."""
+    if isinstance(picture, Tensor):
+        return picture
     if isinstance(picture, Image.Image):
-        return picture.convert("RGB")
+        return to_pixels(to_rgb(picture))
     try:
         return decode_image(Path(picture).read_bytes())
     except OSError as error:
         raise UserError(f"cannot read {picture}: {error.strerror}") from None
+    except ValueError as error:  # no file can have such a name
+        raise UserError(f"cannot read {str(picture)!r}: {error}") from None
     except BrokenSample as error:
         raise UserError(f"{picture}: {error.cause}; give JPEG, PNG, WebP, GIF or BMP files") from None
 
@@ -187,6 +201,8 @@ def _sample(picture: Picture, texts: list[str], second: Picture | None = None) -
 
 
 def _best(scores: Float[Tensor, "rows labels"], labels: list[str], top_k: int) -> list[list[Answer]]:
+    if top_k < 1:
+        raise UserError(f"top_k is {top_k}; it must be at least 1")
     top = scores.topk(min(top_k, len(labels)))
     return [
         [Answer(labels[number], score) for number, score in zip(numbers, row, strict=True)]

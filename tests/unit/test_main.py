@@ -89,3 +89,11 @@ def test_evaluate_scores_a_run(pretrain_recipe, tmp_path, capsys):
     assert main(["evaluate", str(tmp_path)]) == 0
     scored = yaml.safe_load(capsys.readouterr().out)
     assert f"{scored['pairs_text/perplexity']:.4f}" in trained
+
+
+def test_settings_may_stand_behind_options(pretrain_recipe, tmp_path, capsys):
+    assert main(["train", str(pretrain_recipe), f"out={tmp_path}", "steps=1"]) == 0
+    capsys.readouterr()
+    assert "nonsense" in refusal(capsys, "predict", str(tmp_path), "--caption", "--image", "a.png", "nonsense=1")
+    with pytest.raises(SystemExit, match="2"):
+        main(["predict", str(tmp_path), "--caption", "--image", "a.png", "--nonsense"])

@@ -19,7 +19,7 @@ from vlmoe.errors import UserError
 from vlmoe.search import as_text, contact_sheet, index_folder, index_path
 from vlmoe.tasks.captioning import Captioning
 from vlmoe.train.trainer import evaluate, train
-from vlmoe.use import Model
+from vlmoe.use import Model, open_picture
 
 
 @pytest.fixture
@@ -53,6 +53,12 @@ def test_answers_are_those_of_the_evaluation(trained, tiny_examples, pictures):
     assert [answer.score for answer in one] == pytest.approx([answer.score for answer in found[0]], rel=1e-4)
     many = model.answer(pictures[0], ["a what", "a what on a ground"])
     assert len(many) == 2 and many[0][0] == model.answer(pictures[0], "a what")[0]._replace(score=many[0][0].score)
+    with pytest.raises(UserError, match="top_k is 0; it must be at least 1"):
+        model.answer(pictures[0], "a what", top_k=0)
+    with pytest.raises(UserError, match=r"cannot read 'a.x00.png': embedded null byte"):
+        model.answer("a\0.png", "a what")
+    with pytest.raises(UserError, match="batch_size is 0; it must be at least 1"):
+        vlmoe.load(run, batch_size=0)
     with pytest.raises(UserError, match="2 pictures do not pair with 3 questions"):
         model.answer(pictures[:2], ["a", "b", "c"])
     with pytest.raises(UserError, match="is a run of task vqa; a run of task captioning writes captions"):
@@ -86,6 +92,7 @@ def test_embeddings_have_unit_length_and_batches_do_not_matter(trained, pictures
     torch.testing.assert_close(torch.cat([images, texts]).norm(dim=-1), torch.ones(18))
     torch.testing.assert_close(model.embed_image(pictures[5]), images[5], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(model.embed_text("on blue ground"), texts[1], atol=1e-5, rtol=1e-5)
+    assert model.embed_image([]).shape == model.embed_text([]).shape == (0, 32)
 
 
 def test_an_index_is_saved_and_only_what_changed_is_embedded_again(trained, pictures, tmp_path, monkeypatch):
@@ -148,6 +155,7 @@ def test_predict_on_the_command_line(trained, pictures, capsys, tmp_path):
         ((run, "--question", "a what", "--image", "none.png"), "cannot read none.png"),
         ((run, "--caption", "--image", pictures[0]), "a run of task captioning writes captions"),
         ((run, "--search", "a", tmp_path), "a run of task retrieval embeds"),
+        ((run, "--caption", "--image", pictures[0], "--device", "gpu"), "device 'gpu' cannot be used here"),
         ((tmp_path, "--caption", "--image", pictures[0]), "has no checkpoint"),
     ]:
         assert main(["predict", *map(str, arguments)]) == 2
@@ -158,6 +166,17 @@ def test_predict_on_the_command_line(trained, pictures, capsys, tmp_path):
     said = say(trained("retrieval", "coco"), "--search", "a red disc", pictures[0].parent, "--top-k", 4)
     assert len(re.findall(r"^-?\d\.\d{3}  .*\.png$", said, re.MULTILINE)) == 4
     assert Image.open(said.strip().splitlines()[-1].removeprefix("contact sheet: ")).size == (4 * 96, 96)
+
+
+def test_a_picture_in_memory_is_treated_like_its_file(tmp_path: Path):
+    turned, clear = Image.new("RGB", (20, 40), "red"), Image.new("RGBA", (8, 8), (255, 0, 0, 100))
+    exif = turned.getexif()
+    exif[0x0112] = 6  # turn by a quarter
+    turned.save(tmp_path / "turned.jpg", exif=exif)
+    clear.save(tmp_path / "clear.png")
+    for name in ("turned.jpg", "clear.png"):
+        path = tmp_path / name
+        torch.testing.assert_close(open_picture(Image.open(path)), open_picture(path), atol=2, rtol=0)
 
 
 def test_importing_the_package_brings_no_torch():

@@ -1,0 +1,13 @@
+"""The command line of `tools/show_experts.py`."""
+
+import sys
+
+import pytest
+import show_experts
+
+
+@pytest.mark.parametrize("order", [("{run}", "a.png", "--out", "o.png"), ("{run}", "--out", "o.png", "a.png")])
+def test_pictures_may_stand_before_or_after_the_other_arguments(order, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["show_experts.py", *(each.format(run=tmp_path) for each in order)])
+    assert show_experts.main() == 2
+    assert "has no checkpoint" in capsys.readouterr().err
