@@ -198,7 +198,7 @@ def _matrices(activation: str) -> int:
 
 
 def _router_cost(dim: int, num_experts: int, gate: str, rows: int) -> Cost:
-    gate_dim = {"linear": 0, "xmoe": max(1, num_experts // 2), "torchscale": 16}[gate]
+    gate_dim = {"linear": 0, "xmoe": max(2, num_experts // 2), "torchscale": 16}[gate]
     weights = gate_dim * (dim + num_experts) if gate_dim else dim * num_experts
     params = weights + (gate == "xmoe")  # its temperature
     return Cost(params, params, 2 * weights * rows)

@@ -79,7 +79,7 @@ class XMoEGate(nn.Module):
 
     def __init__(self, dim: int, num_experts: int) -> None:
         super().__init__()
-        gate_dim = max(1, num_experts // 2)
+        gate_dim = max(2, num_experts // 2)  # one feature alone would only know plus and minus
         self.projection = nn.Parameter(nn.init.trunc_normal_(torch.empty(gate_dim, dim), std=0.02))
         self.embeddings = nn.Parameter(nn.init.orthogonal_(torch.empty(num_experts, gate_dim)))
         self.log_temperature = nn.Parameter(torch.tensor([0.3]).log())
