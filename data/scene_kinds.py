@@ -5,7 +5,10 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from bank_format import Bank, Concept
+from numpy.typing import NDArray
+from PIL import Image
 
 from vlmoe.errors import UserError
 
@@ -179,14 +182,11 @@ def may_meet(a: Kind, b: Kind) -> bool:
 
 
 def build_vocabulary(bank: Bank, number: int | None = None, styles: int | None = None) -> Vocabulary:
-    """The kinds of a bank, or `number` of them, in every style or in the `styles` that draw most of the bank's kinds (and
-    the unseen one): the same ones every time. UserError when it has too few."""
+    """The kinds of a bank, or `number` of them whose colours differ most, in every style or in the `styles` that draw most
+    of the bank's kinds (and the unseen one): the same ones every time. UserError when it has too few."""
     concepts = {id: concept for id, concept in sorted(bank.concepts.items()) if concept.scene}
     drawn = Counter(each.style for each in bank.pictures if each.concept in concepts and each.style != UNSEEN_STYLE)
     trained_on = sorted(drawn, key=lambda style: (-drawn[style], style))[:styles]
-    if number is not None:
-        chosen = sorted((id for id in concepts if not is_new(id)), key=lambda id: fraction(f"kind/{id}"))[:number]
-        concepts = {id: concepts[id] for id in sorted(chosen)}
     known: dict[str, list[int]] = {id: [] for id in concepts}
     unseen: dict[str, list[int]] = {id: [] for id in concepts}
     for index, picture in enumerate(bank.pictures):
@@ -194,6 +194,9 @@ def build_vocabulary(bank: Bank, number: int | None = None, styles: int | None =
             unseen[picture.concept].append(index)
         elif picture.concept in concepts and picture.style in trained_on:
             known[picture.concept].append(index)
+    if number is not None:
+        chosen = _most_different(bank, {id: known[id] for id in concepts if known[id] and not is_new(id)}, number)
+        concepts = {id: concepts[id] for id in sorted(chosen)}
     if sum(map(bool, known.values())) < 8:
         raise UserError("--bank: scenes need eight kinds of object or more; make the bank with: --objects scene")
     taken = {concept.name for concept in concepts.values()}
@@ -202,6 +205,28 @@ def build_vocabulary(bank: Bank, number: int | None = None, styles: int | None =
         for id, concept in concepts.items()
     }
     return Vocabulary(kinds=kinds)
+
+
+def _most_different(bank: Bank, drawn: dict[str, list[int]], number: int) -> list[str]:
+    """Farthest-point choice by mean colour, less the spread over a kind's own pictures."""
+    ids = sorted(drawn)
+    colors = [np.array([_mean_color(bank.pictures[index].image()) for index in drawn[id]]) for id in ids]
+    means = np.array([each.mean(0) for each in colors])
+    spread = np.array([np.linalg.norm(each - each.mean(0), axis=1).max() for each in colors])
+    nearest = np.linalg.norm(means - means.mean(0), axis=1)  # begins with the one farthest from the mean of all
+    chosen: list[int] = []
+    while len(chosen) < min(number, len(ids)):
+        score = nearest - spread
+        score[chosen] = -np.inf
+        chosen.append(int(score.argmax()))
+        to_last = np.linalg.norm(means - means[chosen[-1]], axis=1)
+        nearest = to_last if len(chosen) == 1 else np.minimum(nearest, to_last)
+    return [ids[i] for i in chosen]
+
+
+def _mean_color(picture: Image.Image) -> NDArray[np.float64]:
+    pixels = np.asarray(picture.convert("RGBA"), np.float64).reshape(-1, 4)
+    return np.average(pixels[:, :3], axis=0, weights=pixels[:, 3])
 
 
 def _kind(

@@ -63,6 +63,7 @@ class LayoutOptions:
     max_overlap: float = 0.08  # of the smaller of two boxes
     kinds: int | None = None  # draw from so many kinds only; None: from all
     styles: int | None = None  # and in so many styles only
+    plain: bool = False  # all backgrounds white
 
 
 def generator(seed: int, what: str, split: str, index: int) -> Random:

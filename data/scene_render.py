@@ -23,16 +23,16 @@ JPEG_QUALITY = 92
 @dataclass(frozen=True)
 class Background:
     pixels: Pixels
-    about: str  # "gradient", "noise", or "photograph"
+    about: str  # "gradient", "noise", "photograph" or "plain"
     picture: int | None  # which picture of the bank it is a crop of
 
 
-def render(world: World, scene: Scene, rng: Random) -> tuple[Image.Image, Background]:
-    """A scene as an RGB picture, and the background it was given: the first that all things stand out from."""
+def render(world: World, scene: Scene, rng: Random, *, plain: bool = False) -> tuple[Image.Image, Background]:
+    """A scene as an RGB picture, and the background it was given: the first that all things stand out from, or white."""
     sprites = [_sprite(world, thing) for thing in scene.things]
     best, best_contrast = None, -1.0
-    for _ in range(BACKGROUNDS):
-        background = draw_background(world, scene.split, scene.size, rng)
+    for _ in range(1 if plain else BACKGROUNDS):
+        background = _white(scene.size) if plain else draw_background(world, scene.split, scene.size, rng)
         contrast = min(
             _contrast(background.pixels, thing, sprite) for thing, sprite in zip(scene.things, sprites, strict=True)
         )
@@ -68,6 +68,10 @@ def draw_background(world: World, split: str, size: int, rng: Random) -> Backgro
         return Background(_noise(size, rng), about, None)
     picture = rng.choice(photographs)
     return Background(_photograph(world, picture, size, rng), about, picture)
+
+
+def _white(size: int) -> Background:
+    return Background(np.full((size, size, 3), 250, np.float32), "plain", None)
 
 
 def _sprite(world: World, thing: Thing) -> Pixels:

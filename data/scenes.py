@@ -217,6 +217,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--max-objects", type=int, default=7, help="in a scene, 7 at most (default: 7)")
     add("--kinds", type=int, help="draw from so many kinds of object only, 12 or more (default: all of the bank)")
     add("--styles", type=int, help="in so many styles only, besides the unseen one (default: all of the bank)")
+    add("--plain", action="store_true", help="white backgrounds")
     add("--max-overlap", type=float, default=0.08, help="share of the smaller of two boxes (default: 0.08)")
     add("--images", choices=("all", "held-out", "none"), default="all", help="splits with picture files (default: all)")
     add("--shard-size", type=int, default=1000, help="samples in a shard (default: 1000)")
@@ -251,6 +252,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         max_overlap=options.max_overlap,
         kinds=options.kinds,
         styles=options.styles,
+        plain=options.plain,
     )
     stats = build(
         options.bank,

@@ -110,6 +110,21 @@ def world(bank_folder):
     return build_world(load_bank(bank_folder))
 
 
+def test_plain_backgrounds_are_white(world):
+    options = LayoutOptions(image_size=96, max_objects=3, plain=True)
+    sample = next(iter(samples_of(world, "scenes", "train", range(1), 0, options)))
+    picture = Image.open(io.BytesIO(sample.files["jpg"]))
+    assert all(min(picture.getpixel(corner)) > 240 for corner in ((0, 0), (95, 0), (0, 95), (95, 95)))
+    assert sample.record["background"] == "plain"
+
+
+def test_few_kinds_are_those_whose_colours_differ(bank_folder):
+    chosen = set(build_world(load_bank(bank_folder), kinds=10).vocabulary.kinds)
+    assert len(chosen) == 10
+    assert not {"strawberry", "tomato"} <= chosen, "both are red"
+    assert {"panda", "ant"} <= chosen, "white and black"
+
+
 def test_few_styles_are_those_that_draw_most_kinds(bank_folder):
     bank = load_bank(bank_folder)
     kinds = build_world(bank, styles=1).vocabulary.kinds.values()
