@@ -1,5 +1,6 @@
-"""The whole road in ten minutes on two cores: pictures, scenes, a visual tokenizer, an MH-MoE pretraining, what it sees."""
+"""The whole road on two cores: scenes, a visual tokenizer, an MH-MoE pretraining, two fine-tunings, what they see."""
 
+import json
 import resource
 import subprocess
 import sys
@@ -11,16 +12,22 @@ from pathlib import Path
 import torch
 
 from vlmoe.config import load
+from vlmoe.data import eval_transform, held_out_samples, to_float
 from vlmoe.errors import UserError
-from vlmoe.inspect.pictures import draw_losses
+from vlmoe.inspect.pictures import draw_losses, draw_texts
 from vlmoe.inspect.reading import draw_samples
+from vlmoe.metrics import caption_scores
 from vlmoe.tasks import load_run
 from vlmoe.train.tracker import read_metrics
-from vlmoe.train.trainer import evaluate, train
+from vlmoe.train.trainer import train
+from vlmoe.use import load as load_model
 
 CHECKOUT = Path(__file__).parents[1]
 DATA = Path("datasets/demo")
-RUN = Path("runs/demo")
+RUNS = Path("runs/demo")
+FINETUNINGS = ("retrieval", "captioning")
+SHOWN = 6  # scenes in a picture
+PIXELS = 96  # side of a scene
 
 
 def demo() -> None:
@@ -35,64 +42,86 @@ def demo() -> None:
     with _timed(times, "pictures"):
         _script("bank", "--objects", "scene", "--out", "datasets/scene_bank", "--cache", "datasets/packages")
     with _timed(times, "scenes"):
-        if not (RUN / "scenes.png").is_file():  # what the script writes last
+        if not (RUNS / "scenes.png").is_file():  # what the script writes last
             _script(
-                "scenes", "--bank", "datasets/scene_bank", "--out", str(DATA), "--train", "8000", "--val", "400",
-                "--test", "0", "--pairs", "0", "--texts", "20000", "--image-size", "96", "--images", "none",
-                "--sheet", str(RUN / "scenes.png"),
+                "scenes", "--bank", "datasets/scene_bank", "--out", str(DATA), "--kinds", "12", "--styles", "1",
+                "--max-objects", "3", "--plain", "--train", "6000", "--val", "300", "--test", "0", "--pairs", "0",
+                "--texts", "12000", "--image-size", str(PIXELS), "--images", "none", "--sheet", str(RUNS / "scenes.png"),
             )  # fmt: skip
         if not (DATA / "tokenizer.model").is_file():
             _script(
-                "train_tokenizer", "--out", str(DATA / "tokenizer.model"), "--vocab-size", "2000",
-                *map(str, sorted(DATA.glob("*train-*.tar"))),
+                "train_tokenizer", "--out", str(DATA / "tokenizer.model"), "--vocab-size", "1500",
+                *map(str, sorted(DATA.glob("train-*.tar"))), *map(str, sorted(DATA.glob("texts-train-*.tar"))),
             )  # fmt: skip
-    with _timed(times, "visual tokenizer"):
-        tokenizer = load("recipes/demo/visual_tokenizer.yaml")
-        train(tokenizer)
-    with _timed(times, "pretraining"):
-        pretrain = load("recipes/demo/pretrain.yaml")
-        train(pretrain)
-    with _timed(times, "evaluation and pictures"):
-        codes, figures = evaluate(Path(tokenizer.out), []), evaluate(Path(pretrain.out), [])
+    for name in ("visual_tokenizer", "pretrain", *FINETUNINGS):
+        with _timed(times, name):
+            train(load(f"recipes/demo/{name}.yaml"))
+    with _timed(times, "pictures of it"):
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        paths = draw_samples(load_run(Path(pretrain.out), device, []), RUN, device=device)
-        paths["losses"] = RUN / "losses.png"
-        draw_losses(read_metrics(Path(pretrain.out)), paths["losses"])
-        paths["scenes"] = RUN / "scenes.png"
-    _report(codes, figures, times, paths)
+        paths = draw_samples(load_run(RUNS / "pretrain", device, []), RUNS, count=SHOWN, device=device)
+        for name in ("captions", "losses", "scenes"):
+            paths[name] = RUNS / f"{name}.png"
+        draw_losses(read_metrics(RUNS / "pretrain"), paths["losses"])
+        _draw_captions(paths["captions"])
+    _report(times, paths)
 
 
-def _report(
-    codes: dict[str, float], figures: dict[str, float], times: dict[str, float], paths: dict[str, Path]
-) -> None:
-    text, unigram = figures["texts_text/perplexity"], figures["texts_text/unigram_perplexity"]
-    seeing, blind = figures["pairs_text/perplexity"], figures["pairs_text_image_shuffled/perplexity"]
-    print(f"\n{'on held-out scenes':<52}{'perplexity':>12}{'baseline':>12}")
-    rows = [
-        ("masked words of a text (baseline: unigram)", text, unigram),
-        ("masked words of a caption (baseline: unigram)", seeing, figures["pairs_text/unigram_perplexity"]),
-        ("  the same with another scene's image", blind, figures["pairs_text/unigram_perplexity"]),
-        (
-            "masked patches' codes (baseline: unigram)",
-            figures["pairs_image/perplexity"],
-            figures["pairs_image/unigram_perplexity"],
-        ),
-    ]
-    for name, value, baseline in rows:
-        print(f"{name:<52}{value:>12.2f}{baseline:>12.2f}")
-    used = [value for name, value in figures.items() if name.endswith("/in_use")]
-    print(f"{'visual codes in use':<52}{codes['codes_in_use']:>12.0f}")
-    print(f"{'experts in use, fewest in any bank':<52}{min(used):>12.0f}\n")
+def _report(times: dict[str, float], paths: dict[str, Path]) -> None:
+    codes, pretrain, retrieval, captioning = (_figures(name) for name in ("visual_tokenizer", "pretrain", *FINETUNINGS))
+    text, unigram = pretrain["texts_text/perplexity"], pretrain["texts_text/unigram_perplexity"]
+    seeing, blind = pretrain["pairs_text/perplexity"], pretrain["pairs_text_image_shuffled/perplexity"]
+    scenes = len(held_out_samples([f"{DATA}/val-*.tar"], "pairs"))
+    print(f"\n{'on held-out scenes':<66}{'model':>10}{'baseline':>10}")
+    for name, value, baseline in (
+        ("perplexity of a text's masked words (unigram)", text, unigram),
+        ("perplexity of a caption's masked words (unigram)", seeing, pretrain["pairs_text/unigram_perplexity"]),
+        ("  (the same model with another scene's picture)", seeing, blind),
+        ("perplexity of masked patches' codes (unigram)",
+         pretrain["pairs_image/perplexity"], pretrain["pairs_image/unigram_perplexity"]),
+        (f"% of texts whose picture is among the first 10 of {scenes} (chance)",
+         retrieval["text_to_image/recall@10"], 1000 / scenes),
+        ("CIDEr of captions (the same, each for another scene)", captioning["cider"], _cider_of_swapped_captions()),
+    ):  # fmt: skip
+        print(f"{name:<66}{value:>10.2f}{baseline:>10.2f}")
+    used = [value for name, value in pretrain.items() if name.endswith("/in_use")]
+    print(f"{'visual codes in use':<66}{codes['codes_in_use']:>10.0f}")
+    print(f"{'experts in use, fewest in any bank':<66}{min(used):>10.0f}\n")
     print(f"it reads:  {text:.2f} is {'below' if text < unigram / 4 else 'NOT below'} a quarter of {unigram:.2f}")
-    print(
-        f"it looks:  {seeing:.2f} with its image is {'below' if seeing < blind else 'NOT below'} {blind:.2f} with another\n"
-    )
+    print(f"it looks:  {seeing:.2f} with its picture is {'below' if seeing < blind else 'NOT below'} {blind:.2f}\n")
     for name, seconds in times.items():
-        print(f"{name:<52}{seconds:>10.0f} s")
+        print(f"{name:<66}{seconds:>8.0f} s")
     peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    print(f"{'together':<52}{sum(times.values()):>10.0f} s, {peak / 2**20:.1f} GiB at most\n\nto look at:")
+    print(f"{'together':<66}{sum(times.values()):>8.0f} s, {peak / 2**20:.1f} GiB at most\n\nto look at:")
     for name, path in paths.items():
         print(f"  {name:<14}{path}")
+
+
+def _figures(run: str) -> dict[str, float]:
+    """Of the last evaluation of a run."""
+    return json.loads((RUNS / run / "metrics.json").read_text())["metrics"]
+
+
+def _cider_of_swapped_captions() -> float:
+    """What captions score that are good sentences of the wrong scenes."""
+    said = json.loads((RUNS / "captioning" / "captions.json").read_text())
+    annotations = json.loads((DATA / "coco" / "captions_val.json").read_text())["annotations"]
+    references: dict[int, list[str]] = {}
+    for each in annotations:
+        references.setdefault(each["image_id"], []).append(each["caption"])
+    swapped = {said[i]["image_id"]: said[i - 1]["caption"] for i in range(len(said))}
+    return 100 * caption_scores(references, swapped)["cider"]
+
+
+def _draw_captions(path: Path) -> None:
+    """Held-out scenes beside what the fine-tuned model says of them, and one of the true captions."""
+    model = load_model(RUNS / "captioning")
+    pictures, lines = [], []
+    for place in held_out_samples([f"{DATA}/val-*.tar"], "pairs")[:SHOWN]:
+        sample = place.load()
+        assert sample.image is not None
+        pictures.append(to_float(eval_transform(sample.image, image_size=2 * PIXELS)))
+        lines.append(f"says  {model.caption(sample.image)}\ntrue  {sample.texts[0]}")
+    draw_texts(torch.stack(pictures), lines, path)
 
 
 def _script(name: str, *arguments: str) -> None:
@@ -106,7 +135,7 @@ def _script(name: str, *arguments: str) -> None:
 
 @contextmanager
 def _timed(times: dict[str, float], name: str) -> Iterator[None]:
-    print(f"\n== {name}", file=sys.stderr, flush=True)
+    print(f"\n== {name.replace('_', ' ')}", file=sys.stderr, flush=True)
     started = time.monotonic()
     yield
-    times[name] = time.monotonic() - started
+    times[name.replace("_", " ")] = time.monotonic() - started

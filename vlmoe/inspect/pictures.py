@@ -94,16 +94,16 @@ def draw_codes(images: Float[Tensor, "B 3 H W"], codes_of: VisualTokenizer, path
     _save(figure, path)
 
 
-def draw_masked_text(images: Float[Tensor, "B 3 H W"], sentences: Sequence[str], path: Path) -> None:
-    """Each image beside the sentence that the model completed."""
+def draw_texts(images: Float[Tensor, "B 3 H W"], texts: Sequence[str], path: Path) -> None:
+    """Each image beside what a model says of it."""
     plt = _pyplot()
     figure, axes = plt.subplots(
         len(images), 2, figsize=(10, 1.7 * len(images)), layout="constrained", width_ratios=(1, 4), squeeze=False
     )
-    for (left, right), image, sentence in zip(axes, images, sentences, strict=True):
+    for (left, right), image, text in zip(axes, images, texts, strict=True):
         left.imshow(_to_picture(image))
         left.axis("off")
-        right.text(0, 0.5, sentence, va="center", fontsize=10, family="monospace")
+        right.text(0, 0.5, text, va="center", fontsize=10, family="monospace")
         right.axis("off")
     _save(figure, path)
 

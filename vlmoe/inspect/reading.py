@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vlmoe.data import Tokenizer, build_eval_loader, held_out_samples
 from vlmoe.errors import UserError
-from vlmoe.inspect.pictures import draw_codes, draw_experts, draw_masked_text
+from vlmoe.inspect.pictures import draw_codes, draw_experts, draw_texts
 from vlmoe.inspect.routing import place_routings
 from vlmoe.tasks import LoadedRun
 from vlmoe.tasks.pretrain import Pretrain
@@ -45,7 +45,7 @@ def draw_samples(loaded: LoadedRun, folder: Path, *, count: int = 6, device: tor
     draw_codes(part["image"], task.codes_of, paths["codes"])
     readings = read_masked_text(loaded, part)
     lines = [f"saw   {each.masked}\nread  {each.completed}" for each in readings]
-    draw_masked_text(part["image"], lines, paths["masked_text"])
+    draw_texts(part["image"], lines, paths["masked_text"])
 
     out = loaded.model(part["image"], part["text"], text_padding=part["text_padding"])
     placed = [each for each in place_routings(out, count) if not each.name.endswith(".text")]
