@@ -51,7 +51,7 @@ def test_a_fine_tuning_recipe_runs_three_steps(path: Path, tiny_examples, tmp_pa
     config = load(path)
     assert isinstance(config, FinetuneConfig)
     small = replace(config.model, dim=32, depth=2, attn_heads=2, image_size=32, patch_size=8, max_text_length=16)
-    small.ffn = replace(small.ffn, num_experts=4, num_heads=2)
+    small.ffn = replace(small.ffn, num_experts=4, num_heads=2, moe_layers=None)
     block = tiny_examples.data(config.data.examples.sources[0].format, 16)
     shrunk = {
         **yaml.safe_load(to_yaml(config)), "out": str(tmp_path), "init": None, "steps": 3, "device": "cpu",
