@@ -1,7 +1,9 @@
-"""Time the layers on this machine's GPU, and append rows to a CSV in docs/benchmarks.
+"""Time layers on this machine's GPU or processor, or the loader on its cores, and append rows to a CSV in docs/benchmarks.
 
 python tools/bench.py layer --dim 768 --heads 4
 python tools/bench.py routing
+python tools/bench.py loader
+python tools/bench.py cpu
 """
 
 import argparse
@@ -12,6 +14,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import bench_cpu
 import torch
 from torch import Tensor, nn
 
@@ -150,8 +153,7 @@ def _commit() -> str:
         return "unknown"
 
 
-def _append(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    machine = _machine()
+def _append(path: Path, rows: Iterable[dict[str, Any]], machine: dict[str, str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     for row in rows:
         row = machine | row
@@ -182,10 +184,24 @@ def main() -> None:
             verb.add_argument("--dim", type=int, default=768)
             verb.add_argument("--multiple-of", type=int, default=64, help="of the experts' hidden width")
             verb.add_argument("--backends", nargs="+", default=["triton", "grouped"])
+    verb = verbs.add_parser("loader", help="Decoding and training views of photographs, against Pillow and webdataset.")
+    verb.add_argument("--samples", type=int, default=1000)
+    verb.add_argument("--repeats", type=int, default=9)
+    verb.add_argument("--out", type=Path, default=FOLDER / "loader.csv")
+    verb = verbs.add_parser("cpu", help=bench_cpu.cpu.__doc__)
+    verb.add_argument("--repeats", type=int, default=9)
+    verb.add_argument("--out", type=Path, default=FOLDER / "cpu.csv")
     args = parser.parse_args()
+    if args.bench == "cpu":
+        return _append(args.out, bench_cpu.cpu(repeats=args.repeats), bench_cpu.machine() | {"commit": _commit()})
+    if args.bench == "loader":
+        import bench_loader
+
+        rows = bench_loader.loader(samples=args.samples, repeats=args.repeats)
+        return _append(args.out, rows, bench_loader.machine() | {"commit": _commit()})
     if not torch.cuda.is_available():
         raise SystemExit("bench times GPU kernels and finds no CUDA device")
-    _append(args.out, BENCHES[args.bench](args))
+    _append(args.out, BENCHES[args.bench](args), _machine())
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ counted in, and the ways to do a thing take turns, so that a busy machine slows 
 """
 
 import io
-import platform
 import resource
 import statistics
 import tarfile
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 import torchvision
+from bench_cpu import processor
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
@@ -60,7 +60,7 @@ def loader(*, samples: int, repeats: int) -> Rows:
 
 def machine() -> dict[str, str]:
     return {
-        "hardware": _processor(),
+        "hardware": processor(),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
         "pillow": version("pillow"),
@@ -194,10 +194,3 @@ def _rows(rates: dict[str, list[float]]) -> Rows:
     for name, each in rates.items():
         ratio = statistics.median(one / other for one, other in zip(each, first, strict=True))
         yield {"way": name, "images_per_s": round(statistics.median(each), 1), "ratio": round(ratio, 2)}
-
-
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

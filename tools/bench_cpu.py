@@ -1,0 +1,73 @@
+"""`bench.py cpu`: sparse layers on this machine's processor against a dense FFN of as many FLOPs, every backend."""
+
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlmoe.nn import MHMoE
+from vlmoe.nn.budget import dense_cost, flops_parity_hidden_dim
+from vlmoe.nn.ffn import FeedForward
+
+SHAPES = ((192, 2, 20, 1024), (384, 3, 30, 2048), (768, 4, 32, 2048))  # width, heads, experts, tokens
+BACKENDS = ("auto", "loop", "batched", "grouped")
+TOP_K = 2
+
+
+def cpu(*, repeats: int) -> Iterable[dict[str, Any]]:
+    """Forward + backward of one layer. All ways of a shape take turns, so that a busy machine slows all of them alike."""
+    for dim, heads, experts, tokens in SHAPES:
+        hidden = flops_parity_hidden_dim(dense_cost(dim, 4 * dim), dim=dim, top_k=TOP_K)
+        for precision in ("fp32", "bf16"):
+            torch.manual_seed(0)
+            x = torch.randn(tokens, dim, requires_grad=True)
+            ways: dict[str, nn.Module] = {"dense": FeedForward(dim, 4 * dim, sub_layernorm=False)}
+            for backend in BACKENDS:
+                ways[backend] = MHMoE(
+                    dim=dim, hidden_dim=hidden, num_experts=experts, top_k=TOP_K, num_heads=heads, backend=backend
+                )
+            seconds: dict[str, list[float]] = {name: [] for name in ways}
+            for repeat in range(-2, repeats):  # two to warm up
+                for name, module in ways.items():
+                    taken = _time(module, torch.randn_like(x).requires_grad_(), is_bf16=precision == "bf16")
+                    if repeat >= 0:
+                        seconds[name].append(taken)
+            dense = statistics.median(seconds["dense"])
+            for name, taken in seconds.items():
+                yield {
+                    "tokens": tokens, "dim": dim, "heads": heads, "experts": experts, "top_k": TOP_K, "precision": precision,
+                    "what": name, "fwd_bwd_ms": round(1e3 * statistics.median(taken), 2),
+                    "vs_dense": round(statistics.median(taken) / dense, 3),
+                }  # fmt: skip
+
+
+def machine() -> dict[str, str]:
+    flags = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    has = [name for name in ("avx2", "avx512_f", "avx512_bf16", "amx_bf16") if flags.get(name)]
+    return {
+        "hardware": processor(),
+        "has": " ".join(has),
+        "threads": str(torch.get_num_threads()),
+        "torch": torch.__version__,
+    }
+
+
+def processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _time(module: Callable[..., Any], x: Tensor, *, is_bf16: bool) -> float:
+    started = time.perf_counter()
+    with torch.autocast("cpu", torch.bfloat16, enabled=is_bf16):
+        y = module(x)
+    y = y if isinstance(y, Tensor) else y[0]
+    y.float().square().mean().backward()
+    return time.perf_counter() - started
