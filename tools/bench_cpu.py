@@ -25,7 +25,6 @@ def cpu(*, repeats: int) -> Iterable[dict[str, Any]]:
         hidden = flops_parity_hidden_dim(dense_cost(dim, 4 * dim), dim=dim, top_k=TOP_K)
         for precision in ("fp32", "bf16"):
             torch.manual_seed(0)
-            x = torch.randn(tokens, dim, requires_grad=True)
             ways: dict[str, nn.Module] = {"dense": FeedForward(dim, 4 * dim, sub_layernorm=False)}
             for backend in BACKENDS:
                 ways[backend] = MHMoE(
@@ -34,7 +33,7 @@ def cpu(*, repeats: int) -> Iterable[dict[str, Any]]:
             seconds: dict[str, list[float]] = {name: [] for name in ways}
             for repeat in range(-2, repeats):  # two to warm up
                 for name, module in ways.items():
-                    taken = _time(module, torch.randn_like(x).requires_grad_(), is_bf16=precision == "bf16")
+                    taken = _time(module, torch.randn(tokens, dim, requires_grad=True), is_bf16=precision == "bf16")
                     if repeat >= 0:
                         seconds[name].append(taken)
             dense = statistics.median(seconds["dense"])

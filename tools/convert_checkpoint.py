@@ -196,9 +196,7 @@ def read_pth(path: Path) -> dict[str, Tensor]:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # files of one's own hold the options of the run
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        Exception
-    ) as error:  # each way of being damaged has its own; torch's text says how to execute it all the same
+    except Exception as error:  # each way of being damaged has its own; torch's text tells how to execute it anyway
         raise UserError(
             f"{path} is not a file of tensors and plain values, or is damaged ({type(error).__name__}); nothing in it was run"
         ) from None

@@ -68,7 +68,7 @@ def experts(
     if weights.dtype != torch.float64:
         weights = weights.float()
     if backend == "auto":
-        backend = _fastest(x, expert_ids.numel(), w_in.shape[0], w_in.shape[1])
+        backend = _fastest(x, w_in.shape[1])
     return _checked_backend(backend)(x, expert_ids, weights, bank, _checked_activation(activation))
 
 
@@ -253,7 +253,7 @@ def _grouped_problem(dtype: torch.dtype, dim: int, hidden_dim: int) -> str | Non
     return None
 
 
-def _fastest(x: Tensor, slots: int, num_experts: int, hidden_dim: int) -> str:
+def _fastest(x: Tensor, hidden_dim: int) -> str:
     if x.device.type not in ("cpu", "cuda") or _grouped_problem(x.dtype, x.shape[1], hidden_dim):
         return "loop"
     if x.device.type == "cuda":

@@ -73,8 +73,8 @@ class LinearGate(nn.Module):
 class XMoEGate(nn.Module):
     """X-MoE's (arXiv:2204.09179, section 3): cosine of projected row and expert embedding, over a temperature.
 
-    The embeddings have `num_experts // 2` features, as in that paper. The temperature is learned through its logarithm,
-    so that it stays positive, and starts at 0.3, the paper's value for a softmax gate.
+    The embeddings have `num_experts // 2` features, as in that paper, and two at least. The temperature is learned through
+    its logarithm, so that it stays positive, and starts at 0.3, the paper's value for a softmax gate.
     """
 
     def __init__(self, dim: int, num_experts: int) -> None:

@@ -208,7 +208,8 @@ def _evaluate(
     seen = 0
     for batch in itertools.chain.from_iterable(held_out):
         _name(batch.bad, Counter(each.cause for each in broken))
-        broken, seen = broken + batch.bad, seen + batch.seen
+        broken += batch.bad
+        seen += batch.seen
         if batch.inputs:
             with _autocast(config, ranks):
                 records += task.predict(model, batch.inputs)
