@@ -84,7 +84,7 @@ class ExamplesSource:
     images: str | None = None  # folder of the pictures, or shards (*.tar, braces too); None: the folder of the index
     image_name: str | None = None  # vqa: of a picture there, such as COCO_val2014_{image_id:012d}.jpg
     splits: list[str] = field(default_factory=list)  # karpathy: those to read; none: all
-    held_out_images: int = 0  # pictures set aside, always the same ones (by a hash of their id)
+    held_out_images: int = 0  # pictures set aside, always the same ones (by a hash of their name)
     part: Literal["all", "rest", "held_out"] = "all"  # of it: everything, all but those pictures, or only those
 
 
@@ -153,6 +153,7 @@ class RunConfig:
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 autocast where the hardware has it
+    compile: bool = False  # the Transformer blocks, by torch.compile: a minute at the start, then faster steps
     log_every: int = 10  # steps
     eval_every: int = 500  # steps
     checkpoint_every: int = 500  # steps
@@ -200,6 +201,7 @@ class FinetuneConfig(RunConfig):
 
     model: ModelConfig = field(default_factory=ModelConfig)
     init: str | None = None  # folder of a run or checkpoint whose encoder to start from; None: from scratch
+    blind: bool = False  # pictures are grey, in training and after: the baseline that knows the texts alone
     freeze_routers: bool = False
     load_balancing: float = 1e-2  # weight of the load-balancing loss, summed over layers
     router_z: float = 0.0  # weight of the router z-loss, summed over layers

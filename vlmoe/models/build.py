@@ -20,6 +20,8 @@ from vlmoe.nn.mhmoe import MHMoE
 from vlmoe.nn.moe import MoE
 from vlmoe.nn.multiway import PER_MODALITY, SHARED, Multiway, MultiwayFFN, NormLinear
 
+RECOMPILE_LIMIT = 64
+
 
 def build_encoder(config: ModelConfig, vocab_size: int, *, final_norm: bool = True) -> Encoder:
     """The encoder that a recipe describes, freshly initialised.
@@ -145,6 +147,19 @@ def init_weights(encoder: Encoder) -> None:
                 if isinstance(experts, Experts):
                     _scale(experts.w_in, gain)
                     _scale(experts.w_out, gain)
+
+
+def compile_blocks(model: nn.Module) -> None:
+    """Compile the attention and the feed-forward part of each block in place; parameters keep their names.
+
+    Part by part, for equal parts of all layers are compiled once; drop path, whose rate differs from layer to layer, stays
+    outside. Streams differ in what they pass (image, text, both) and text in length, so the parts need more variants than
+    torch allows by itself before it gives up compiling.
+    """
+    torch._dynamo.config.recompile_limit = max(RECOMPILE_LIMIT, torch._dynamo.config.recompile_limit)
+    for module in model.modules():
+        if isinstance(module, (Attention, MultiwayFFN)):
+            module.compile()
 
 
 def layer_ids(model: nn.Module) -> dict[str, int]:

@@ -118,9 +118,11 @@ def auxiliary_loss(
 
 
 def prepare_image(image: Pixels | None, config: FinetuneConfig, rng: np.random.Generator, training: bool) -> Pixels:
-    """A picture of an example as the recipe's transform (training), or whole and unchanged: uint8 [3, H, W]."""
+    """A picture of an example as the recipe's transform (training), or whole and unchanged, or grey: uint8 [3, H, W]."""
     assert image is not None
     size = config.model.image_size
+    if config.blind:
+        return torch.full((3, size, size), 127, dtype=torch.uint8)
     if training:
         return train_transform(image, rng, image_size=size, **vars(config.data.transform))
     return eval_transform(image, image_size=size)

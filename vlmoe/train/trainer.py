@@ -25,7 +25,7 @@ from vlmoe import __version__
 from vlmoe.config import ModelConfig, RunConfig, differences, load, to_yaml
 from vlmoe.data import BadSample, BadSampleCounter, Batch, EvalLoader, build_eval_loader, build_loader
 from vlmoe.errors import UserError
-from vlmoe.models.build import check_backend
+from vlmoe.models.build import check_backend, compile_blocks
 from vlmoe.models.weights import checkpoint_folder, checkpoint_steps, latest_checkpoint
 from vlmoe.tasks import Task, load_run, make_task
 from vlmoe.train import checkpoint, parallel
@@ -92,6 +92,8 @@ def _train(config: RunConfig, ranks: parallel.Ranks) -> Outcome:
     optimizer = make_optimizer(model, config.optim)
     bad = BadSampleCounter(config.data.max_bad_fraction)
     first = _resume(config, run, task, model, optimizer, bad)
+    if config.compile:
+        compile_blocks(model)
     streams, held_out = task.open_streams(), _open_held_out(config, task, ranks)
     tracker = Tracker(config, first) if ranks.is_main else None
     if tracker:
@@ -210,8 +212,8 @@ def _evaluate(
         _name(batch.bad, Counter(each.cause for each in broken))
         broken += batch.bad
         seen += batch.seen
-        if batch.inputs:
-            with _autocast(config, ranks):
+        if batch.inputs:  # not compiled: these shapes come too seldom to pay, and `evaluate` finds the same figures
+            with torch.compiler.set_stance("force_eager"), _autocast(config, ranks):
                 records += task.predict(model, batch.inputs)
     records = parallel.gather_lists(records)
     bad = BadSampleCounter(config.data.max_bad_fraction)
