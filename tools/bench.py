@@ -1,7 +1,9 @@
-"""Time layers on this machine's GPU or processor, or the loader on its cores, and append rows to a CSV in docs/benchmarks.
+"""Time layers and training steps on this machine's GPU, layers on its processor, or the loader on its cores, and append
+rows to a CSV in docs/benchmarks.
 
 python tools/bench.py layer --dim 768 --heads 4
 python tools/bench.py routing
+python tools/bench.py step --recipe recipes/pretrain/base.yaml
 python tools/bench.py loader
 python tools/bench.py cpu
 """
@@ -15,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import bench_cpu
+import bench_step
 import torch
 from torch import Tensor, nn
 
@@ -23,7 +26,8 @@ from vlmoe.nn.budget import dense_cost, flops_parity_hidden_dim
 from vlmoe.nn.dispatch import order_slots
 from vlmoe.nn.ffn import FeedForward
 
-FOLDER = Path(__file__).parents[1] / "docs" / "benchmarks"
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "docs" / "benchmarks"
 
 
 def layer(args: argparse.Namespace) -> Iterable[dict[str, Any]]:
@@ -156,14 +160,17 @@ def _commit() -> str:
 def _append(path: Path, rows: Iterable[dict[str, Any]], machine: dict[str, str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     for row in rows:
-        row = machine | row
-        new = not path.exists()
-        with path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(row))
-            if new:
-                writer.writeheader()
-            writer.writerow(row)
         print("  ".join(f"{key} {value}" for key, value in row.items() if key not in machine), flush=True)
+        row = machine | row
+        with path.open("a+", newline="") as file:
+            file.seek(0)
+            header = next(csv.reader(file), None)
+            writer = csv.DictWriter(file, fieldnames=list(row))
+            if header is None:
+                writer.writeheader()
+            elif header != list(row):
+                raise SystemExit(f"{path} has other columns than this bench writes; move it away, or set --out")
+            writer.writerow(row)
 
 
 BENCHES = {"layer": layer, "routing": routing}
@@ -191,6 +198,16 @@ def main() -> None:
     verb = verbs.add_parser("cpu", help=bench_cpu.cpu.__doc__)
     verb.add_argument("--repeats", type=int, default=9)
     verb.add_argument("--out", type=Path, default=FOLDER / "cpu.csv")
+    verb = verbs.add_parser("step", help=bench_step.step.__doc__)
+    verb.add_argument("--recipe", type=Path, default=ROOT / "recipes" / "pretrain" / "base.yaml")
+    verb.add_argument("--models", nargs="+", choices=bench_step.MODELS, default=bench_step.MODELS)
+    verb.add_argument("--streams", choices=("pairs", "all"), default="pairs", help="pairs alone, or the recipe's three")
+    verb.add_argument("--batch", type=int, default=256, help="pairs per step")
+    verb.add_argument("--steps", type=int, default=20)
+    verb.add_argument("--warmup", type=int, default=5)
+    verb.add_argument("--no-compile", dest="compiled", action="store_false")
+    verb.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    verb.add_argument("--out", type=Path, default=FOLDER / "step.csv")
     args = parser.parse_args()
     if args.bench == "cpu":
         return _append(args.out, bench_cpu.cpu(repeats=args.repeats), bench_cpu.machine() | {"commit": _commit()})
@@ -199,8 +216,12 @@ def main() -> None:
 
         rows = bench_loader.loader(samples=args.samples, repeats=args.repeats)
         return _append(args.out, rows, bench_loader.machine() | {"commit": _commit()})
-    if not torch.cuda.is_available():
+    if getattr(args, "device", "cuda") == "cuda" and not torch.cuda.is_available():
         raise SystemExit("bench times GPU kernels and finds no CUDA device")
+    if args.bench == "step":
+        plan = bench_step.Plan(**{name: value for name, value in vars(args).items() if name not in ("bench", "out")})
+        machine = _machine() if args.device == "cuda" else bench_step.machine_without_gpu()
+        return _append(args.out, bench_step.step(plan), machine | {"commit": _commit()})
     _append(args.out, BENCHES[args.bench](args), _machine())
 
 

@@ -7,6 +7,7 @@ they happen: a leaderboard figure and ours are the same figure.
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 from vlmoe.errors import UserError
@@ -70,6 +71,7 @@ def vqa_accuracy(
     }
 
 
+@lru_cache(maxsize=2**16)  # ten annotators mostly agree, and few answers are common
 def normalize_answer(answer: str) -> str:
     """An answer as the vocabulary of ViLT and BEiT-3 spells it: the evaluator's rules, and no comma at all."""
     return _normalize_words(_normalize_punctuation(answer)).replace(",", "")

@@ -1,0 +1,175 @@
+"""Fine-tune on the built-in scenes from several starts, score on every held-out split, and append the figures to a CSV.
+
+python tools/finetune_table.py --starts pretrained scratch blind --at-once 4
+
+pretrained: the recipe as it is. scratch: without its `init`. blind: like scratch, with grey pictures, so that only the texts
+are left. Majority and chance are beside them: the answer that training has most often for a type of question, and
+a ranking or a label by lot. Runs that are complete are scored again without training.
+"""
+
+import argparse
+import csv
+import json
+import multiprocessing
+import re
+import sys
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vlmoe.config import ExamplesSource, FinetuneConfig, load
+from vlmoe.data.examples import open_examples
+from vlmoe.errors import UserError
+from vlmoe.metrics import vqa_accuracy
+from vlmoe.train.trainer import evaluate, train
+
+ROOT = Path(__file__).parents[1]
+TASKS = ("vqa", "retrieval", "captioning", "nlvr2")
+STARTS = {"pretrained": [], "scratch": ["init=null"], "blind": ["init=null", "blind=true"]}
+SPLITS = ("val", "test", "test_style", "test_combination", "test_concept")
+COLUMNS: list[str] = [
+    "hardware", "torch", "recipe", "task", "start", "steps", "train_seconds", "split", "metric", "value",
+]  # fmt: skip
+
+
+def recipe_of(task: str) -> Path:
+    return ROOT / "recipes" / task / "scenes_small.yaml"
+
+
+def run_one(task: str, start: str, splits: Sequence[str], overrides: Sequence[str]) -> list[dict[str, Any]]:
+    """Train one run, in a process of its own, and score it: a row per split and metric. Its output goes to a log."""
+    said = [*overrides, *STARTS[start]]
+    config = load(recipe_of(task), said)
+    assert isinstance(config, FinetuneConfig)
+    run = Path(f"{config.out}_{start}")
+    run.mkdir(parents=True, exist_ok=True)
+    with (run / "output.log").open("a") as log:
+        sys.stdout = sys.stderr = log
+        started = time.monotonic()
+        train(replace(config, out=str(run)))
+        about = {"task": task, "start": start, "steps": config.steps}
+        about["train_seconds"] = round(time.monotonic() - started)
+        rows = []
+        for split in splits:
+            sources = json.dumps([as_split(each, split) for each in config.data.examples.eval_sources])
+            figures = evaluate(run, [f"data.examples.eval_sources={sources}"])
+            rows += [about | {"split": split, "metric": name, "value": value} for name, value in figures.items()]
+    return rows
+
+
+def as_split(source: ExamplesSource, split: str) -> dict[str, Any]:
+    """The source of another split of the same scenes: `val` stands for the split in its file names."""
+    return {
+        key: re.sub(r"(?<![a-z])val(?![a-z])", split, value) if isinstance(value, str) and key != "format" else value
+        for key, value in vars(source).items()
+        if value is not None
+    }
+
+
+def without_looking(task: str, splits: Sequence[str], overrides: Sequence[str]) -> list[dict[str, Any]]:
+    """What majority and chance give."""
+    config = load(recipe_of(task), overrides)
+    assert isinstance(config, FinetuneConfig)
+    rows = []
+    for split in splits:
+        sources = [ExamplesSource(**as_split(each, split)) for each in config.data.examples.eval_sources]
+        examples = [*open_examples(sources, recipe_key="data.examples.eval_sources")]
+        if task == "vqa":
+            trained = open_examples(config.data.examples.sources, recipe_key="data.examples.sources")
+            start, figures = "majority", majority(trained, examples)
+        elif task == "nlvr2":
+            labels = Counter(each.meta["label"] for each in examples)
+            start, figures = "majority", {"accuracy": 100 * max(labels.values()) / len(examples)}
+        elif task == "retrieval":
+            start, figures = "chance", {f"text_to_image/recall@{k}": 100 * k / len(examples) for k in (1, 5, 10)}
+            figures |= {f"image_to_text/recall@{k}": value for k, value in _chance_of_texts(examples).items()}
+        else:
+            return []
+        about = {"task": task, "start": start, "steps": "", "train_seconds": "", "split": split}
+        rows += [about | {"metric": name, "value": value} for name, value in figures.items()]
+    return rows
+
+
+def majority(trained: Iterable[Any], asked: Iterable[Any]) -> dict[str, float]:
+    """VQA accuracy of the commonest answer to each type of question."""
+    common: dict[str, Counter[str]] = defaultdict(Counter)
+    for each in trained:
+        common[each.meta["question_type"]][each.meta["multiple_choice_answer"]] += 1
+    annotations, answers = [], []
+    for each in asked:
+        said = [{"answer": answer, "answer_id": number} for number, answer in enumerate(each.meta["answers"], start=1)]
+        kinds = {key: each.meta[key] for key in ("question_type", "answer_type")}
+        annotations.append({"question_id": each.id, "answers": said, **kinds})
+        answers.append({"question_id": each.id, "answer": common[each.meta["question_type"]].most_common(1)[0][0]})
+    found = vqa_accuracy({"annotations": annotations}, answers)
+    types = {f"accuracy/question_type/{name}": value for name, value in found["per_question_type"].items()}
+    return {"accuracy": found["overall"], **types}
+
+
+def _chance_of_texts(examples: Sequence[Any]) -> dict[int, float]:
+    """That one of a picture's texts is among the first k of all of them, by lot."""
+    texts = sum(len(each.texts) for each in examples)
+    own = texts / len(examples)
+    missed = dict.fromkeys((1, 5, 10), 1.0)
+    for k in missed:
+        for drawn in range(k):
+            missed[k] *= (texts - own - drawn) / (texts - drawn)
+    return {k: 100 * (1 - each) for k, each in missed.items()}
+
+
+def append(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    machine = {"hardware": hardware, "torch": torch.__version__}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    is_new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        if is_new:
+            writer.writeheader()
+        for row in rows:
+            recipe = recipe_of(row["task"]).relative_to(ROOT)
+            writer.writerow(machine | {"recipe": str(recipe)} | row | {"value": round(row["value"], 3)})
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--tasks", nargs="+", choices=TASKS, default=TASKS)
+    add("--starts", nargs="+", choices=STARTS, default=STARTS)
+    add("--splits", nargs="+", choices=SPLITS, default=SPLITS[1:])
+    add("--at-once", type=int, default=1, help="runs that share the GPU (default: 1)")
+    add("--set", nargs="+", default=[], metavar="KEY=VALUE", help="overrides of every recipe")
+    add("--steps", nargs="+", default=[], metavar="TASK=STEPS", help="overrides of steps, by task or by task.start")
+    add("--out", type=Path, default=ROOT / "docs" / "benchmarks" / "finetune.csv")
+    args = parser.parse_args()
+    steps = dict(each.split("=", 1) for each in args.steps)
+    jobs = [(task, start) for start in args.starts for task in args.tasks if (task, start) != ("retrieval", "blind")]
+    failed = False
+    with ProcessPoolExecutor(args.at_once, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
+        work = {}
+        for task, start in jobs:
+            number = steps.get(f"{task}.{start}", steps.get(task))
+            said = [*args.set, *(f"{key}={number}" for key in ("steps", "eval_every", "checkpoint_every") if number)]
+            work[pool.submit(run_one, task, start, args.splits, said)] = task, start
+        for done in as_completed(work):
+            task, start = work[done]
+            try:
+                append(args.out, done.result())
+                print(f"{task} {start}: done", flush=True)
+            except UserError as error:
+                print(f"{task} {start}: {error}", file=sys.stderr, flush=True)
+                failed = True
+    if "pretrained" in args.starts:
+        for task in args.tasks:
+            append(args.out, without_looking(task, args.splits, args.set))
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
