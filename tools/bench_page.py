@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import finetune_page
 from bench_pictures import Row, draw_layers, draw_loader, draw_processors, draw_steps
 
 FOLDER = Path(__file__).parents[1] / "docs" / "benchmarks"
@@ -60,7 +61,10 @@ class Bench:
 
 def page(folder: Path) -> str:
     """The text of the page. SystemExit: a table cannot be read."""
-    return "\n".join([INTRO, *(_section(name, rows) for name, rows in read_all(folder).items())])
+    sections = [_section(name, rows) for name, rows in read_all(folder).items()]
+    if (table := folder / "finetune.csv").exists():
+        sections.append(finetune_page.section(table))
+    return "\n".join([INTRO, *sections])
 
 
 def draw(folder: Path) -> None:

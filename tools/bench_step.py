@@ -36,7 +36,7 @@ from vlmoe.models.build import compile_blocks, expert_dim, sparse_layers
 from vlmoe.models.cost import count_parameters, flops_per_token
 from vlmoe.models.heads import PretrainModel
 from vlmoe.models.visual_tokenizer import VisualTokenizer
-from vlmoe.nn.experts import _fastest
+from vlmoe.nn.experts import fastest_backend
 from vlmoe.tasks.pretrain import Pretrain
 from vlmoe.tasks.task import Inputs
 from vlmoe.train.optim import learning_rate, make_optimizer, set_learning_rate
@@ -228,7 +228,9 @@ def _backend(config: ModelConfig, device: torch.device) -> str:
         return ffn.backend if sparse_layers(config) else ""
     width = config.dim // (ffn.num_heads if ffn.kind == "mhmoe" else 1)
     hidden_dim = ffn.hidden_dim or expert_dim(ffn, config.dim, ffn.dense_dim or 4 * config.dim)
-    return _fastest(torch.empty(0, width, dtype=torch.bfloat16, device=device), hidden_dim)
+    return fastest_backend(
+        torch.empty(0, width, dtype=torch.bfloat16, device=device), hidden_dim, slots_per_expert=math.inf
+    )
 
 
 def _read_recipe(recipe: Path, name: str) -> PretrainConfig:

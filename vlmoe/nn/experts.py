@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from vlmoe.nn.dispatch import block_order, combine, dispatch, order_slots
 from vlmoe.nn.kernels import triton_experts, triton_problem
 
+FEW_SLOTS = 256  # per expert: below it one grouped product beats a loop on a CPU in float32
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "swiglu": F.silu}
 
 
@@ -68,7 +69,7 @@ def experts(
     if weights.dtype != torch.float64:
         weights = weights.float()
     if backend == "auto":
-        backend = _fastest(x, w_in.shape[1])
+        backend = fastest_backend(x, w_in.shape[1], slots_per_expert=expert_ids.numel() / len(w_in))
     return _checked_backend(backend)(x, expert_ids, weights, bank, _checked_activation(activation))
 
 
@@ -253,14 +254,18 @@ def _grouped_problem(dtype: torch.dtype, dim: int, hidden_dim: int) -> str | Non
     return None
 
 
-def _fastest(x: Tensor, hidden_dim: int) -> str:
+def fastest_backend(x: Tensor, hidden_dim: int, *, slots_per_expert: float) -> str:
+    """What "auto" takes, as measured (docs/benchmarks): CPUs run many experts with few slots each best as one product."""
+    is_compiling = torch.compiler.is_compiling()
     if x.device.type not in ("cpu", "cuda") or _grouped_problem(x.dtype, x.shape[1], hidden_dim):
         return "loop"
     if x.device.type == "cuda":
         return "triton" if x.shape[1] <= 256 and triton_problem(x, hidden_dim) is None else "grouped"
     if x.dtype == torch.float32:
-        return "loop"
-    return "grouped" if torch.compiler.is_compiling() else "batched"
+        return (
+            "grouped" if slots_per_expert < FEW_SLOTS and not is_compiling else "loop"
+        )  # dynamo refuses it in float32
+    return "grouped" if is_compiling else "batched"
 
 
 def _checked_backend(name: str) -> Backend:

@@ -8,6 +8,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -44,6 +45,14 @@ def pretrained(pretrain_recipe, tmp_path_factory):
 def trained_vqa(finetune_recipe, tmp_path):
     train(load(finetune_recipe("vqa", "vqa", steps=4, min_answer_count=1)))
     return tmp_path / "run"
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_blind_baseline_sees_grey(finetune_recipe, training):
+    task = make_task(load(finetune_recipe("vqa", "vqa", min_answer_count=1), ["blind=true"]), CPU)
+    for sample in (task.training.place(0).load(), task.training.place(1).load()):
+        pixels = task.prepare(sample, "examples", np.random.default_rng(0), training)["image"]
+        assert pixels.dtype == torch.uint8 and set(pixels.flatten().tolist()) == {127}
 
 
 def test_vqa_learns_to_look(finetune_recipe, tmp_path, tiny_examples):

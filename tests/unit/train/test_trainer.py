@@ -107,6 +107,23 @@ def test_accumulation_changes_nothing_but_memory(pretrain_recipe, tmp_path):
         assert one == pytest.approx(other, rel=1e-4)
 
 
+def test_a_compiled_run_computes_the_same(pretrain_recipe, uninterrupted, tmp_path, monkeypatch):
+    """Attention and feed-forward parts become graphs, all others stay as they are; the graphs run on torch's operators."""
+    compiled: list[str] = []
+
+    def compile_with_eager(module: torch.nn.Module) -> None:
+        compiled.append(type(module).__name__)
+        module._compiled_call_impl = torch.compile(module._call_impl, backend="eager")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_with_eager)
+    train(load(pretrain_recipe, [f"out={tmp_path}", "compile=true"]))
+    assert set(compiled) == {"Attention", "MultiwayFFN"}
+    ours, theirs = (read_tensors(latest_checkpoint(run) / "model.safetensors") for run in (tmp_path, uninterrupted))
+    assert ours.keys() == theirs.keys()
+    for line, other in zip(losses(tmp_path), losses(uninterrupted), strict=True):
+        assert line == pytest.approx(other, rel=1e-4)
+
+
 def test_it_learns(pretrain_recipe, tmp_path):
     outcome = train(load(pretrain_recipe, [f"out={tmp_path}", "steps=200", "eval_every=200", "log_every=200"]))
     assert outcome.metrics["texts_text/perplexity"] < 0.6 * outcome.metrics["texts_text/unigram_perplexity"]

@@ -1,0 +1,68 @@
+"""The table of fine-tunings: which files another split has, what majority and chance give, and what the page shows."""
+
+import finetune_page
+import finetune_table
+import pytest
+
+from vlmoe.config import ExamplesSource
+from vlmoe.data.readers import Example
+
+
+def question(key: int, kind: str, answer: str) -> Example:
+    meta = {"question_type": kind, "answer_type": "other", "answers": [answer] * 10, "multiple_choice_answer": answer}
+    return Example(key, ("a.jpg",), f"row {key}", ("?",), meta)
+
+
+def test_another_split_is_named_by_replacing_val():
+    source = ExamplesSource(
+        index="interval/vqa/questions_val.json",
+        format="vqa",
+        images="pairs-val-*.tar",
+        image_name="scenes_val_{image_id}.jpg",
+    )
+    found = finetune_table.as_split(source, "test_style")
+    assert found["index"] == "interval/vqa/questions_test_style.json"
+    assert found["images"] == "pairs-test_style-*.tar" and found["image_name"] == "scenes_test_style_{image_id}.jpg"
+    assert ExamplesSource(**found).format == "vqa"
+
+
+def test_majority_is_the_commonest_answer_to_each_type():
+    trained = [
+        question(1, "color", "red"),
+        question(2, "color", "red"),
+        question(3, "color", "blue"),
+        question(4, "count", "2"),
+    ]
+    asked = [
+        question(5, "color", "red"),
+        question(6, "color", "blue"),
+        question(7, "count", "2"),
+        question(8, "count", "2"),
+    ]
+    found = finetune_table.majority(trained, asked)
+    assert found == {"accuracy": 75.0, "accuracy/question_type/color": 50.0, "accuracy/question_type/count": 100.0}
+
+
+def test_chance_of_a_text_by_counting():
+    """Two pictures with two texts each: the first of four drawn is right every second time, one of ten always."""
+    examples = [Example(key, ("a.jpg",), "", ("one", "two"), {}) for key in (1, 2)]
+    found = finetune_table._chance_of_texts(examples)
+    assert found[1] == pytest.approx(50.0) and found[5] == found[10] == 100.0
+
+
+def test_the_page_has_the_newest_figure_of_each_start(tmp_path):
+    table = tmp_path / "finetune.csv"
+    rows = [
+        {"task": "vqa", "start": start, "steps": 9, "train_seconds": 1, "split": "val", "metric": metric, "value": value}
+        for start, metric, value in [
+            ("pretrained", "accuracy", 10.0), ("pretrained", "accuracy", 55.04), ("blind", "accuracy", 30.0),
+            ("majority", "accuracy", 25.0), ("pretrained", "accuracy/question_type/color", 61.0),
+        ]
+    ]  # fmt: skip
+    finetune_table.append(table, rows)
+    text = finetune_page.section(table)
+    assert "| VQA accuracy | held-out scenes (val) | 55.0 |  | 30.0 | 25.0 |  |" in text
+    assert "| color | held-out scenes (val) | 61.0 |" in text and "vqa pretrained 9" in text
+    table.write_text(table.read_text().replace("55.04", "many"))
+    with pytest.raises(SystemExit, match=r"finetune.csv: .*many"):
+        finetune_page.section(table)
