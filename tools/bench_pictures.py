@@ -11,7 +11,13 @@ import matplotlib
 
 matplotlib.use("Agg")
 matplotlib.rcParams.update(
-    {"svg.hashsalt": "vlmoe", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+    {
+        "svg.hashsalt": "vlmoe",
+        "svg.fonttype": "none",
+        "font.size": 9,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+    }
 )
 import matplotlib.pyplot as plt  # noqa: E402 (after the choice of what it draws with)
 

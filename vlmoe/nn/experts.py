@@ -261,10 +261,8 @@ def fastest_backend(x: Tensor, hidden_dim: int, *, slots_per_expert: float) -> s
         return "loop"
     if x.device.type == "cuda":
         return "triton" if x.shape[1] <= 256 and triton_problem(x, hidden_dim) is None else "grouped"
-    if x.dtype == torch.float32:
-        return (
-            "grouped" if slots_per_expert < FEW_SLOTS and not is_compiling else "loop"
-        )  # dynamo refuses it in float32
+    if x.dtype == torch.float32:  # dynamo refuses grouped products of it
+        return "grouped" if slots_per_expert < FEW_SLOTS and not is_compiling else "loop"
     return "grouped" if is_compiling else "batched"
 
 
