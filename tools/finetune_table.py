@@ -28,6 +28,7 @@ from vlmoe.data.examples import open_examples
 from vlmoe.errors import UserError
 from vlmoe.metrics import vqa_accuracy
 from vlmoe.models.weights import latest_checkpoint
+from vlmoe.tasks.vqa import official_annotation
 from vlmoe.train.trainer import evaluate, train
 
 ROOT = Path(__file__).parents[1]
@@ -91,12 +92,14 @@ def without_looking(task: str, splits: Sequence[str], overrides: Sequence[str]) 
     """What majority and chance give."""
     config = load(recipe_of(task), overrides)
     assert isinstance(config, FinetuneConfig)
+    trained: Iterable[Any] = ()
+    if task == "vqa":
+        trained = open_examples(config.data.examples.sources, recipe_key="data.examples.sources")
     rows = []
     for split in splits:
         sources = [ExamplesSource(**as_split(each, split)) for each in config.data.examples.eval_sources]
         examples = [*open_examples(sources, recipe_key="data.examples.eval_sources")]
         if task == "vqa":
-            trained = open_examples(config.data.examples.sources, recipe_key="data.examples.sources")
             start, figures = "majority", majority(trained, examples)
         elif task == "nlvr2":
             labels = Counter(each.meta["label"] for each in examples)
@@ -118,9 +121,7 @@ def majority(trained: Iterable[Any], asked: Iterable[Any]) -> dict[str, float]:
         common[each.meta["question_type"]][each.meta["multiple_choice_answer"]] += 1
     annotations, answers = [], []
     for each in asked:
-        said = [{"answer": answer, "answer_id": number} for number, answer in enumerate(each.meta["answers"], start=1)]
-        kinds = {key: each.meta[key] for key in ("question_type", "answer_type")}
-        annotations.append({"question_id": each.id, "answers": said, **kinds})
+        annotations.append(official_annotation({**each.meta, "id": each.id}))
         answers.append({"question_id": each.id, "answer": common[each.meta["question_type"]].most_common(1)[0][0]})
     found = vqa_accuracy({"annotations": annotations}, answers)
     types = {f"accuracy/question_type/{name}": value for name, value in found["per_question_type"].items()}

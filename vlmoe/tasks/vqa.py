@@ -5,7 +5,7 @@ The figure is the official accuracy over every held-out question: one without an
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -117,15 +117,7 @@ class VQA:
         asked = [each for each in records if "answers" in each]
         if not asked:  # a test set: only the server has its answers
             return {"questions": float(len(records))}
-        annotations = [
-            {
-                "question_id": each["id"],
-                "question_type": each["question_type"],
-                "answer_type": each["answer_type"],
-                "answers": [{"answer": said, "answer_id": i} for i, said in enumerate(each["answers"], start=1)],
-            }
-            for each in asked
-        ]
+        annotations = [official_annotation(each) for each in asked]
         answers = [{"question_id": each["id"], "answer": each["answer"]} for each in asked]
         found = vqa_accuracy({"annotations": annotations}, answers)
         known = sum(any(answer in self.number_of for answer in soft_targets(each["answers"])) for each in asked)
@@ -152,3 +144,13 @@ class VQA:
                 f"lower it, or name a file of `labels`"
             )
         return answers
+
+
+def official_annotation(question: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of an official annotations file, as far as the evaluator reads it."""
+    return {
+        "question_id": question["id"],
+        "question_type": question["question_type"],
+        "answer_type": question["answer_type"],
+        "answers": [{"answer": said, "answer_id": i} for i, said in enumerate(question["answers"], start=1)],
+    }

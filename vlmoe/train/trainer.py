@@ -316,10 +316,15 @@ def precision(config: RunConfig, device: torch.device) -> str:
     """The recipe's, with `auto` decided: bf16 where the hardware multiplies it natively."""
     if config.precision != "auto":
         return config.precision
+    return "bf16" if multiplies_bf16(device) else "fp32"
+
+
+def multiplies_bf16(device: torch.device) -> bool:
+    """Natively, not emulated."""
     if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     can = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return "bf16" if can.get("amx_bf16") or can.get("avx512_bf16") else "fp32"
+    return bool(can.get("amx_bf16") or can.get("avx512_bf16"))
 
 
 def _autocast(config: RunConfig, ranks: parallel.Ranks) -> torch.autocast:
