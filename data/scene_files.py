@@ -1,17 +1,23 @@
-"""The files that scenes are written to: webdataset shards, and indexes in the forms of COCO, VQAv2 and NLVR2."""
+"""The files that scenes are written to: webdataset shards, and indexes in the forms of COCO, VQAv2 and NLVR2.
 
+The processes that make samples also pack them, so that the one that writes only appends.
+"""
+
+import io
 import json
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from tarfile import USTAR_FORMAT, TarFile
-from tarfile import open as open_tar
+from tarfile import BLOCKSIZE, RECORDSIZE, USTAR_FORMAT, TarFile
 from types import TracebackType
 from typing import IO, Any, Self
 
 from bank_format import add_file, credits_page
 from scene_kinds import Vocabulary
 from scene_make import Record, Sample
+from scene_stats import SplitStats
 
 INFO = {
     "description": "vlmoe scenes: drawings placed on backgrounds; every text is made from the layout",
@@ -25,32 +31,60 @@ INFO = {
 LICENCES = [{"id": 1, "name": "those of the drawings: see credits.md and each sample's json", "url": "credits.md"}]
 
 
+Entry = tuple[str, str, Record]  # index file, list in it, item
+
+
+@dataclass
+class Packed:
+    """Some samples of one sort and split, as they go into its files."""
+
+    members: list[bytes] = field(default_factory=list)  # of each sample: its part of a tar file
+    entries: defaultdict[tuple[str, str], list[str]] = field(default_factory=lambda: defaultdict(list))
+    stats: SplitStats = field(default_factory=SplitStats)
+
+
+def pack(samples: Iterable[Sample], what: str, split: str, vocabulary: Vocabulary) -> Packed:
+    packed = Packed()
+    category = {kind.name: number for number, kind in enumerate(vocabulary.kinds.values(), 1)}
+    for sample in samples:
+        packed.members.append(_members(sample))
+        if what == "texts":
+            packed.stats.counts["texts"] += 1
+            continue
+        (packed.stats.add_scene if what == "scenes" else packed.stats.add_pair)(sample.record)
+        entries = _scene_entries(sample, split, category) if what == "scenes" else _pair_entries(sample, split)
+        for file, name, item in entries:
+            packed.entries[file, name].append(json.dumps(item, ensure_ascii=False))
+    return packed
+
+
 class Shards:
-    """Writes samples to `<prefix>-000000.tar`, `<prefix>-000001.tar`, ... of `per_shard` samples each."""
+    """Writes packed samples to `<prefix>-000000.tar`, `<prefix>-000001.tar`, ... of `per_shard` samples each."""
 
     def __init__(self, folder: Path, prefix: str, per_shard: int) -> None:
         self.folder, self.prefix, self.per_shard = folder, prefix, per_shard
         self.written = 0
-        self._tar: TarFile | None = None
+        self._file: IO[bytes] | None = None
 
     def __enter__(self) -> Self:
         return self
 
-    def add(self, sample: Sample) -> None:
+    def add(self, members: bytes) -> None:
         if self.written % self.per_shard == 0:
             self.__exit__(None, None, None)
             name = f"{self.prefix}-{self.written // self.per_shard:06d}.tar"
-            self._tar = open_tar(self.folder / name, "w", format=USTAR_FORMAT)  # noqa: SIM115
-        assert self._tar is not None
-        for extension, content in sample.files.items():
-            add_file(self._tar, f"{sample.key}.{extension}", content)
+            self._file = (self.folder / name).open("wb")
+        assert self._file is not None
+        self._file.write(members)
         self.written += 1
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._tar is not None:
-            self._tar.close()
+        if self._file is not None:
+            end = self._file.tell() + 2 * BLOCKSIZE  # an archive ends with two empty blocks, and fills its records
+            self._file.write(bytes(2 * BLOCKSIZE + -end % RECORDSIZE))
+            self._file.close()
 
 
 class JsonFile:
@@ -63,11 +97,12 @@ class JsonFile:
             for name in lists
         }
 
-    def add(self, name: str, item: Any) -> None:
+    def add(self, name: str, items: Iterable[str]) -> None:
+        """`items` are JSON."""
         file = self._lists[name]
         if file.tell():
             file.write(",\n")
-        file.write(json.dumps(item, ensure_ascii=False))
+        file.write(",\n".join(items))
 
     def close(self) -> None:
         with self.path.open("w", encoding="utf-8") as out:
@@ -87,57 +122,30 @@ class SceneIndexes:
 
     def __init__(self, folder: Path, split: str, vocabulary: Vocabulary) -> None:
         coco = {"info": INFO, "licenses": LICENCES}
-        self._category = {kind.name: number for number, kind in enumerate(vocabulary.kinds.values(), 1)}
         categories = [
-            {"id": self._category[kind.name], "name": kind.name, "supercategory": kind.kin}
-            for kind in vocabulary.kinds.values()
+            {"id": number, "name": kind.name, "supercategory": kind.kin}
+            for number, kind in enumerate(vocabulary.kinds.values(), 1)
         ]
         vqa = {"info": INFO, "license": LICENCES[0], "data_type": "scenes", "data_subtype": split}
         for name in ("coco", "vqa"):
             (folder / name).mkdir(parents=True, exist_ok=True)
-        self.instances = JsonFile(
-            folder / f"coco/instances_{split}.json", coco | {"categories": categories}, ("images", "annotations")
-        )
-        self.captions = JsonFile(folder / f"coco/captions_{split}.json", coco, ("images", "annotations"))
-        self.questions = JsonFile(
-            folder / f"vqa/questions_{split}.json", vqa | {"task_type": "Open-Ended"}, ("questions",)
-        )
-        self.answers = JsonFile(folder / f"vqa/annotations_{split}.json", vqa, ("annotations",))
-        self._boxes = self._captions = 0
+        self._files = {
+            name: JsonFile(folder / name, head, lists)
+            for name, head, lists in (
+                (f"coco/instances_{split}.json", coco | {"categories": categories}, ("images", "annotations")),
+                (f"coco/captions_{split}.json", coco, ("images", "annotations")),
+                (f"vqa/questions_{split}.json", vqa | {"task_type": "Open-Ended"}, ("questions",)),
+                (f"vqa/annotations_{split}.json", vqa, ("annotations",)),
+            )
+        }
 
-    def add(self, sample: Sample) -> None:
-        record, number = sample.record, sample.record["image_id"]
-        image = {"id": number, "file_name": f"{sample.key}.jpg", "license": 1}
-        image |= {"width": record["width"], "height": record["height"]}
-        self.instances.add("images", image)
-        self.captions.add("images", image)
-        for thing in record["objects"]:
-            self._boxes += 1
-            self.instances.add("annotations", self._box(thing, number))
-        for caption in record["captions"]:
-            self._captions += 1
-            self.captions.add("annotations", {"image_id": number, "id": self._captions, "caption": caption})
-        for question in record["questions"]:
-            ids = {"image_id": number, "question_id": question["question_id"]}
-            self.questions.add("questions", ids | {"question": question["question"]})
-            self.answers.add("annotations", ids | _annotation(question))
+    def add(self, packed: Packed) -> None:
+        for (file, name), items in packed.entries.items():
+            self._files[file].add(name, items)
 
     def close(self) -> None:
-        for file in (self.instances, self.captions, self.questions, self.answers):
+        for file in self._files.values():
             file.close()
-
-    def _box(self, thing: Record, image: int) -> Record:
-        left, top, width, height = thing["box"]
-        right, bottom = left + width, top + height
-        return {
-            "id": self._boxes,
-            "image_id": image,
-            "category_id": self._category[thing["name"]],
-            "bbox": [left, top, width, height],
-            "area": width * height,
-            "iscrowd": 0,
-            "segmentation": [[left, top, right, top, right, bottom, left, bottom]],
-        }
 
 
 class PairIndex:
@@ -147,13 +155,57 @@ class PairIndex:
         (folder / "nlvr2").mkdir(parents=True, exist_ok=True)
         self._file = (folder / f"nlvr2/{split}.jsonl").open("w", encoding="utf-8")
 
-    def add(self, sample: Sample) -> None:
-        line = {name: sample.record[name] for name in ("identifier", "sentence", "label", "statement_type")}
-        line |= {"left_image": f"{sample.key}.left.jpg", "right_image": f"{sample.key}.right.jpg"}
-        self._file.write(json.dumps(line) + "\n")
+    def add(self, packed: Packed) -> None:
+        for items in packed.entries.values():
+            self._file.writelines(f"{item}\n" for item in items)
 
     def close(self) -> None:
         self._file.close()
+
+
+def _members(sample: Sample) -> bytes:
+    file = io.BytesIO()
+    tar = TarFile(fileobj=file, mode="w", format=USTAR_FORMAT)
+    for extension, content in sample.files.items():
+        add_file(tar, f"{sample.key}.{extension}", content)
+    return file.getvalue()  # of an archive that is not closed: it has no end
+
+
+def _scene_entries(sample: Sample, split: str, category: dict[str, int]) -> Iterator[Entry]:
+    record, number = sample.record, sample.record["image_id"]
+    image = {"id": number, "file_name": f"{sample.key}.jpg", "license": 1}
+    image |= {"width": record["width"], "height": record["height"]}
+    instances, captions = f"coco/instances_{split}.json", f"coco/captions_{split}.json"
+    yield instances, "images", image
+    yield captions, "images", image
+    for place, thing in enumerate(record["objects"]):
+        yield instances, "annotations", _box(thing, number, place, category)
+    for place, caption in enumerate(record["captions"]):
+        yield captions, "annotations", {"image_id": number, "id": 10 * number + place, "caption": caption}
+    for question in record["questions"]:
+        ids = {"image_id": number, "question_id": question["question_id"]}
+        yield f"vqa/questions_{split}.json", "questions", ids | {"question": question["question"]}
+        yield f"vqa/annotations_{split}.json", "annotations", ids | _annotation(question)
+
+
+def _pair_entries(sample: Sample, split: str) -> Iterator[Entry]:
+    line = {name: sample.record[name] for name in ("identifier", "sentence", "label", "statement_type")}
+    line |= {"left_image": f"{sample.key}.left.jpg", "right_image": f"{sample.key}.right.jpg"}
+    yield f"nlvr2/{split}.jsonl", "", line
+
+
+def _box(thing: Record, image: int, place: int, category: dict[str, int]) -> Record:
+    left, top, width, height = thing["box"]
+    right, bottom = left + width, top + height
+    return {
+        "id": 10 * image + place,
+        "image_id": image,
+        "category_id": category[thing["name"]],
+        "bbox": [left, top, width, height],
+        "area": width * height,
+        "iscrowd": 0,
+        "segmentation": [[left, top, right, top, right, bottom, left, bottom]],
+    }
 
 
 def _annotation(question: Record) -> Record:

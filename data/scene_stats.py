@@ -37,6 +37,20 @@ class SplitStats:
         for side in ("left", "right"):
             self.licences.update(record[side]["licence"].split(" AND "))
 
+    def add(self, other: "SplitStats") -> None:
+        """What another one has counted."""
+        self.counts.update(other.counts)
+        self.objects.update(other.objects)
+        self.licences |= other.licences
+        self.type_of |= other.type_of
+        for own, its in (
+            (self.by_question, other.by_question),
+            (self.by_type, other.by_type),
+            (self.labels, other.labels),
+        ):
+            for key, answers in its.items():
+                own[key].update(answers)
+
     def summary(self) -> dict[str, Any]:
         return {
             **self.counts,

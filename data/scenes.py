@@ -28,7 +28,7 @@ from typing import Any
 
 from bank import run_command
 from bank_format import load_bank, new_folder, put_in_place, save_sheet
-from scene_files import PairIndex, SceneIndexes, Shards, credits_text
+from scene_files import Packed, PairIndex, SceneIndexes, Shards, credits_text, pack
 from scene_kinds import SPLITS
 from scene_layout import LayoutOptions
 from scene_make import Sample, samples_of
@@ -47,6 +47,7 @@ SHEET = (12, 6)  # scenes and pairs on the contact sheet
 _world: World  # of a worker process
 _seed: int
 _layout: LayoutOptions
+_images: dict[str, Path]  # split -> folder for its pictures
 
 
 def build(
@@ -67,6 +68,7 @@ def build(
     world = build_world(bank, layout.kinds, layout.styles)
     _check(world, [split for split in SPLITS if scenes[split] or pairs[split]])
     new = new_folder(out)
+    folders = {split: new / "images" / split for split in SPLITS if _keeps(images, split)}
     stats = {split: SplitStats() for split in SPLITS}
     wanted = [("scenes", split, scenes[split]) for split in SPLITS]
     wanted += [("pairs", split, pairs[split]) for split in SPLITS]
@@ -80,20 +82,18 @@ def build(
     seconds: dict[str, float] = {"scenes": 0.0, "pairs": 0.0, "texts": 0.0}
     with ExitStack() as stack:
         if workers == 1:
-            _start(bank_folder, seed, layout)
+            _start(bank_folder, seed, layout, folders)
             made = map(_make, chunks)
         else:
-            pool = stack.enter_context(multiprocessing.Pool(workers, _start, (bank_folder, seed, layout)))
+            pool = stack.enter_context(multiprocessing.Pool(workers, _start, (bank_folder, seed, layout, folders)))
             made = pool.imap(_make, chunks)
-        samples = (sample for chunk in made for sample in chunk)
         bar = stack.enter_context(tqdm(total=sum(number for *_, number in wanted), desc="scenes", unit="sample"))
         for what, split, number in wanted:
             bar.set_description(f"{what} {split}")
             started = time.perf_counter()
-            folder = new / "images" / split if what != "texts" and _keeps(images, split) else None
             prefix = split if what == "scenes" else f"{what}-{split}"
-            ours = _counted(islice(samples, number), bar)
-            _write(ours, what, split, world, new, prefix, shard_size, folder, stats[split])
+            ours = _counted(islice(made, -(-number // CHUNK)), bar)
+            _write(ours, what, split, world, new, prefix, shard_size, stats[split])
             seconds[what] += time.perf_counter() - started
     _write_about(new, world, stats, wanted, seconds)
     about = {"seed": seed, "layout": asdict(layout), "scenes": scenes, "pairs": pairs, "texts": texts}
@@ -109,51 +109,52 @@ def sheet_samples(bank_folder: Path, seed: int, layout: LayoutOptions) -> tuple[
     return scenes, [pairs[PAIRS * number + number % PAIRS] for number in range(SHEET[1])]
 
 
-def _start(bank_folder: Path, seed: int, layout: LayoutOptions) -> None:
-    global _world, _seed, _layout
+def _start(bank_folder: Path, seed: int, layout: LayoutOptions, images: dict[str, Path]) -> None:
+    global _world, _seed, _layout, _images
     _world, _seed, _layout = build_world(load_bank(bank_folder), layout.kinds, layout.styles), seed, layout
+    _images = images
 
 
-def _make(chunk: tuple[str, str, range]) -> list[Sample]:
+def _make(chunk: tuple[str, str, range]) -> Packed:
+    """Samples, packed; their pictures are written where they are kept as files too."""
     what, split, numbers = chunk
-    return list(samples_of(_world, what, split, numbers, _seed, _layout))
+    samples = [*samples_of(_world, what, split, numbers, _seed, _layout)]
+    if what != "texts" and split in _images:
+        _images[split].mkdir(parents=True, exist_ok=True)
+        for sample in samples:
+            for extension, content in sample.files.items():
+                if extension.endswith("jpg"):
+                    (_images[split] / f"{sample.key}.{extension}").write_bytes(content)
+    return pack(samples, what, split, _world.vocabulary)
 
 
-def _counted(samples: Iterator[Sample], bar: "tqdm[Any]") -> Iterator[Sample]:
-    for sample in samples:
-        bar.update()
-        yield sample
+def _counted(made: Iterator[Packed], bar: "tqdm[Any]") -> Iterator[Packed]:
+    for packed in made:
+        bar.update(len(packed.members))
+        yield packed
 
 
 def _write(
-    samples: Iterator[Sample],
+    made: Iterator[Packed],
     what: str,
     split: str,
     world: World,
     out: Path,
     prefix: str,
     shard_size: int,
-    folder: Path | None,
     stats: SplitStats,
 ) -> None:
-    """One split of one sort: its shards, its index files, its pictures, its figures."""
+    """One split of one sort: its shards, its index files, its figures."""
     index = None
     if what != "texts":
         index = SceneIndexes(out, split, world.vocabulary) if what == "scenes" else PairIndex(out, split)
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
     with Shards(out, prefix, shard_size if what != "texts" else 10 * shard_size) as shards:
-        for sample in samples:
-            shards.add(sample)
-            if index is None:
-                stats.counts["texts"] += 1
-                continue
-            index.add(sample)
-            (stats.add_scene if what == "scenes" else stats.add_pair)(sample.record)
-            if folder is not None:
-                for extension, content in sample.files.items():
-                    if extension.endswith("jpg"):
-                        (folder / f"{sample.key}.{extension}").write_bytes(content)
+        for packed in made:
+            for members in packed.members:
+                shards.add(members)
+            stats.add(packed.stats)
+            if index is not None:
+                index.add(packed)
     if index is not None:
         index.close()
 

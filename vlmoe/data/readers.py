@@ -260,6 +260,8 @@ def _text_of(path: str) -> str:
 def _get(row: Any, key: str, kinds: type | tuple[type, ...], where: str) -> Any:
     if not isinstance(row, dict):
         raise UserError(f"{where} is no JSON object")
+    if type(row.get(key)) is kinds:  # nearly always
+        return row[key]
     kinds = kinds if isinstance(kinds, tuple) else (kinds,)
     is_odd = isinstance(row.get(key), bool) and bool not in kinds  # which Python counts among the ints
     if is_odd or not isinstance(row.get(key), kinds):

@@ -44,7 +44,7 @@ def start_encoder(encoder: Encoder, config: FinetuneConfig, vocab_size: int) -> 
 
     The position table of patches is resampled to this image size; those of a longer text, and rows of the token table
     beyond `vocab_size` (released checkpoints have eight that nothing reads), are cut off. A norm after the last layer that
-    this task's model lacks is left out, as in the released models.
+    this task's model lacks is left out, as in the released models; one that the run lacks (VQA, classification) starts anew.
 
     Raises:
         UserError: there is no checkpoint, or it holds another encoder or another tokenizer.
@@ -62,7 +62,9 @@ def start_encoder(encoder: Encoder, config: FinetuneConfig, vocab_size: int) -> 
     }
     own = encoder.state_dict()
     for name, table in own.items():
-        if name not in saved:
+        if name not in saved and name.startswith("norm."):
+            saved[name] = table
+        elif name not in saved:
             raise UserError(f"init: {folder} has no tensor {prefix + name!r}; start from another run")
         if name == "vision_embed.positions":
             saved[name] = resize_positions(saved[name], config.model.image_size // config.model.patch_size)

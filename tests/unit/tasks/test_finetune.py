@@ -131,6 +131,17 @@ def test_the_encoder_starts_from_a_run_at_another_size(finetune_recipe, pretrain
             assert torch.equal(own[name], expected), name
 
 
+def test_pairs_of_pictures_start_from_a_run_of_questions_which_has_no_last_norm(finetune_recipe, trained_vqa):
+    task = make_task(load(finetune_recipe("nlvr2", "nlvr2", init=str(trained_vqa))), CPU)
+    model = task.build_model()
+    fresh = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    task.start(model)
+    saved = weights(trained_vqa)
+    for name, tensor in model.encoder.state_dict(prefix="encoder.").items():
+        expected = fresh if name.startswith("encoder.norm.") else saved
+        assert torch.equal(tensor, expected[name]), name
+
+
 def test_a_released_encoder_is_a_start_at_another_size(finetune_recipe, tiny_examples, tmp_path):
     golden = load_file(Path(__file__).parents[2] / "data" / "golden" / "beit3_encoder.safetensors")
     torch.save({"model": {key: each for key, each in golden.items() if key.startswith("beit3.")}}, tmp_path / "a.pth")
