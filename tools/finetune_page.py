@@ -21,9 +21,9 @@ FIGURES = {  # task, metric -> how the page calls it
 TYPE = "accuracy/question_type/"
 ABOUT = """## Fine-tunings of the built-in scenes
 Percent (CIDEr: times 100) on a thousand held-out scenes or pairs each, and perplexities of pretraining. *pretrained* starts
-from `recipes/pretrain/small.yaml`, *scratch* from random weights, *blind* from random weights too, with grey pictures: it
-knows the texts alone (steps are below). *Majority* gives the commonest answer to each type of question, or the commonest
-label; *chance* is a ranking by lot. An empty cell was not measured.
+from `recipes/pretrain/small.yaml` (NLVR2: from the run of VQA that did), *scratch* from random weights, *blind* from random
+weights too, with grey pictures: it knows the texts alone (steps are below). *Majority* gives the commonest answer to each type
+of question, or the commonest label; *chance* is a ranking by lot. An empty cell was not measured.
 """
 
 

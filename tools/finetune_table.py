@@ -5,6 +5,7 @@ python tools/finetune_table.py --starts pretrained scratch blind --at-once 4
 pretrained: the recipe as it is. scratch: without its `init`. blind: like scratch, with grey pictures, so that only the texts
 are left. Majority and chance are beside them: the answer that training has most often for a type of question, and
 a ranking or a label by lot. Runs that are complete are scored again without training. Steps, unless given, are the recipes'.
+A recipe whose `init` is the run of another one of these tasks waits for that.
 """
 
 import argparse
@@ -16,7 +17,7 @@ import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -46,10 +47,11 @@ def recipe_of(task: str) -> Path:
 
 def run_one(task: str, start: str, splits: Sequence[str], overrides: Sequence[str]) -> list[dict[str, Any]]:
     """Train one run, in a process of its own, and score it: a row per split and metric. Its output goes to a log."""
-    said = [*overrides, *STARTS[start]]
-    config = load(recipe_of(task), said)
+    config = load(recipe_of(task), [*overrides, *STARTS[start]])
     assert isinstance(config, FinetuneConfig)
     run = Path(f"{config.out}_{start}")
+    if before := task_before(task, start, overrides):
+        config = replace(config, init=f"{load(recipe_of(before), overrides).out}_{start}")
     run.mkdir(parents=True, exist_ok=True)
     with (run / "output.log").open("a") as log:
         sys.stdout = sys.stderr = log
@@ -64,6 +66,12 @@ def run_one(task: str, start: str, splits: Sequence[str], overrides: Sequence[st
             figures = outcome.metrics if is_known else evaluate(run, [f"data.examples.eval_sources={sources}"])
             rows += [about | {"split": split, "metric": name, "value": value} for name, value in figures.items()]
     return rows
+
+
+def task_before(task: str, start: str, overrides: Sequence[str]) -> str | None:
+    """The task whose run this one starts from, if it is one of the table's."""
+    init = getattr(load(recipe_of(task), [*overrides, *STARTS[start]]), "init", None)
+    return next((each for each in TASKS if load(recipe_of(each), overrides).out == init), None)
 
 
 def as_split(source: ExamplesSource, split: str) -> dict[str, Any]:
@@ -168,19 +176,29 @@ def main() -> int:
     jobs = [(task, start) for start in args.starts for task in args.tasks if (task, start) != ("retrieval", "blind")]
     failed = False
     with ProcessPoolExecutor(args.at_once, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
-        work = {}
-        for task, start in jobs:
+        work: dict[Future[list[dict[str, Any]]], tuple[str, str]] = {}
+        waiting = {job: before for job in jobs if (before := task_before(*job, args.set)) in args.tasks}
+
+        def submit(task: str, start: str) -> None:
             number = steps.get(f"{task}.{start}", steps.get(task))
             said = [*args.set, *(f"{key}={number}" for key in ("steps", "eval_every", "checkpoint_every") if number)]
             work[pool.submit(run_one, task, start, args.splits, said)] = task, start
-        for done in as_completed(work):
-            task, start = work[done]
-            try:
-                append(args.out, done.result())
-                print(f"{task} {start}: done", flush=True)
-            except UserError as error:
-                print(f"{task} {start}: {error}", file=sys.stderr, flush=True)
-                failed = True
+
+        for job in jobs:
+            if job not in waiting:
+                submit(*job)
+        while work:
+            for done in wait(work, return_when=FIRST_COMPLETED).done:
+                task, start = work.pop(done)
+                try:
+                    append(args.out, done.result())
+                    print(f"{task} {start}: done", flush=True)
+                except UserError as error:
+                    print(f"{task} {start}: {error}", file=sys.stderr, flush=True)
+                    failed = True
+                for job in [job for job, before in waiting.items() if (before, job[1]) == (task, start)]:
+                    del waiting[job]
+                    submit(*job)
     if "pretrained" in args.starts:
         append(args.out, of_pretraining(args.set))
         for task in args.tasks:
