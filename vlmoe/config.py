@@ -187,6 +187,7 @@ class PretrainConfig(RunConfig):
     """Masked data modelling on images, texts and pairs (BEiT-3)."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
+    init: str | None = None  # folder of a run or checkpoint whose encoder to start from; None: from scratch
     visual_tokenizer: str | None = None  # run folder of a trained visual tokenizer; needed by images and pairs
     image_mask_ratio: float = 0.4
     text_mask_ratio: float = 0.15

@@ -23,6 +23,7 @@ from vlmoe.models import CaptioningModel, build_encoder
 from vlmoe.models.build import check_model
 from vlmoe.models.generate import generate_captions
 from vlmoe.tasks import finetune
+from vlmoe.tasks.start import start_encoder, start_heads
 from vlmoe.tasks.task import Inputs, TaskLoss
 
 MASKED, REPLACED = 0.8, 0.1  # of the hidden tokens; the rest stays
@@ -45,8 +46,8 @@ class Captioning:
 
     def start(self, model: nn.Module) -> None:
         assert isinstance(model, CaptioningModel)
-        finetune.start_encoder(model.encoder, self.config, self.tokenizer.vocab_size)
-        finetune.start_heads(model, self.config)
+        start_encoder(model.encoder, self.config, self.tokenizer.vocab_size)
+        start_heads(model, self.config)
 
     @cached_property
     def training(self) -> Examples:

@@ -17,6 +17,7 @@ from vlmoe.models.build import build_encoder, check_model
 from vlmoe.models.heads import ClassificationModel
 from vlmoe.tasks import finetune
 from vlmoe.tasks.labels import LABELS_FILE, labels_text, read_labels
+from vlmoe.tasks.start import start_encoder
 from vlmoe.tasks.task import Inputs, TaskLoss
 
 TOP = 5  # labels of a prediction
@@ -45,7 +46,7 @@ class Classification:
 
     def start(self, model: nn.Module) -> None:
         assert isinstance(model, ClassificationModel)
-        finetune.start_encoder(model.encoder, self.config, self.vocab_size)
+        start_encoder(model.encoder, self.config, self.vocab_size)
 
     def describe(self, model: nn.Module) -> str:
         return finetune.describe_finetune(model, self.config, f"{len(self.labels)} labels")

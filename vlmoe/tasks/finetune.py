@@ -1,15 +1,13 @@
-"""What the fine-tunings share: an encoder that starts from a run, inputs, auxiliary losses, examples in and records out."""
+"""What the fine-tunings share: inputs, auxiliary losses, examples in and records out. `start.py` has where they start."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vlmoe.config import FinetuneConfig, ModelConfig, PretrainConfig, RunConfig, differences, load
+from vlmoe.config import FinetuneConfig
 from vlmoe.data import (
     Example,
     Examples,
@@ -24,80 +22,15 @@ from vlmoe.data import (
 )
 from vlmoe.data.examples import STREAM
 from vlmoe.errors import UserError
-from vlmoe.models.encoder import Encoder
-from vlmoe.models.weights import latest_checkpoint, read_tensors
-from vlmoe.nn.embed import UNUSED_ROWS, resize_positions
 from vlmoe.nn.router import Routing, TopKRouter, load_balancing_loss, router_z_loss
 
 STREAMS = (STREAM,)
-FREE = {"image_size", "max_text_length", "drop_path", "ffn.backend", "ffn.capacity_factor"}  # need not equal init's
 
 
 def check_finetune(config: FinetuneConfig) -> None:
     """Raises UserError where no example is to be read."""
     if not config.data.examples.batch_size:
         raise UserError(f"task {config.task} reads data.examples: set data.examples.batch_size and its sources")
-
-
-def start_encoder(encoder: Encoder, config: FinetuneConfig, vocab_size: int) -> None:
-    """Fill an encoder from the run or checkpoint `config.init`; heads there are not looked at.
-
-    The position table of patches is resampled to this image size; those of a longer text, and rows of the token table
-    beyond `vocab_size` (released checkpoints have eight that nothing reads), are cut off. A norm after the last layer that
-    this task's model lacks is left out, as in the released models; one that the run lacks (VQA, classification) starts anew.
-
-    Raises:
-        UserError: there is no checkpoint, or it holds another encoder or another tokenizer.
-    """
-    if config.init is None:
-        return
-    folder = latest_checkpoint(Path(config.init))
-    source = load(folder / "recipe.yaml")
-    _check_same_encoder(config, source, folder)
-    prefix = "encoder."
-    saved = {
-        name.removeprefix(prefix): tensor
-        for name, tensor in read_tensors(folder / "model.safetensors").items()
-        if name.startswith(prefix)
-    }
-    own = encoder.state_dict()
-    for name, table in own.items():
-        if name not in saved and name.startswith("norm."):
-            saved[name] = table
-        elif name not in saved:
-            raise UserError(f"init: {folder} has no tensor {prefix + name!r}; start from another run")
-        if name == "vision_embed.positions":
-            saved[name] = resize_positions(saved[name], config.model.image_size // config.model.patch_size)
-        elif name == "text_embed.positions":
-            if len(saved[name]) < len(table):
-                raise UserError(
-                    f"init: {folder} has positions for {len(saved[name]) - UNUSED_ROWS} tokens; "
-                    f"set model.max_text_length to at most that"
-                )
-            saved[name] = saved[name][: len(table)]
-        elif name == "text_embed.tokens.weight":
-            if len(saved[name]) < vocab_size:
-                raise UserError(
-                    f"init: {folder} has {len(saved[name])} token vectors and the tokenizer {vocab_size} ids; "
-                    f"set data.text to the tokenizer that it was trained with"
-                )
-            saved[name] = saved[name][:vocab_size]
-        if saved[name].shape != table.shape:
-            raise UserError(
-                f"init: {name} is {list(saved[name].shape)} in {folder} and {list(table.shape)} in this recipe"
-            )
-    encoder.load_state_dict({name: saved[name] for name in own})
-
-
-def start_heads(model: nn.Module, config: FinetuneConfig) -> None:
-    """Fill the heads that `config.init` has too, by name and shape, as the released code does: the word head of
-    pretraining for captions, both projections and the temperature of a contrastive stage for retrieval."""
-    if config.init is None:
-        return
-    saved = read_tensors(latest_checkpoint(Path(config.init)) / "model.safetensors")
-    own = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("encoder.")}
-    there = {name: saved[name] for name, tensor in own.items() if name in saved and saved[name].shape == tensor.shape}
-    model.load_state_dict(there, strict=False)
 
 
 def freeze_routers(model: nn.Module) -> None:
@@ -215,28 +148,3 @@ def need(example: Example, task: str, *, images: int = 1, texts: bool = False, m
     for key in meta:
         if key not in example.meta:
             raise UserError(f"{example.where}: task {task} needs {key!r}, this example has none")
-
-
-def _check_same_encoder(config: FinetuneConfig, source: RunConfig, folder: Path) -> None:
-    if not isinstance(source, (PretrainConfig, FinetuneConfig)):
-        raise UserError(f"init: {folder} is a run of task {source.task}, which has no encoder to start from")
-    changed = [line for key, line in differences(_plain(source.model), _plain(config.model)) if key not in FREE]
-    if changed:
-        raise UserError(
-            f"init: {folder} holds another encoder: model.{changed[0]}; give this recipe the model block of its"
-        )
-    ours, its = config.data.text, source.data.text
-    if ours.tokenizer != its.tokenizer:
-        raise UserError(f"init: {folder} was trained with tokenizer {its.tokenizer}; set data.text.tokenizer to it")
-    paths = [Path(each.model) for each in (ours, its) if each.model is not None]
-    if len(paths) == 2 and all(path.is_file() for path in paths) and paths[0].read_bytes() != paths[1].read_bytes():
-        raise UserError(f"init: {folder} was trained with the tokenizer {its.model}; set data.text.model to it")
-
-
-def _plain(model: ModelConfig) -> ModelConfig:
-    """Without what a dense model does not heed: the settings of sparse layers."""
-    ffn = model.ffn
-    if ffn.kind == "dense":
-        plain = type(ffn)(kind="dense", activation=ffn.activation, dense_dim=ffn.dense_dim or 4 * model.dim)
-        return replace(model, ffn=plain)
-    return model

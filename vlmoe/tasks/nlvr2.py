@@ -16,6 +16,7 @@ from vlmoe.metrics import nlvr2_scores
 from vlmoe.models.build import build_encoder, check_model
 from vlmoe.models.heads import NLVR2Model
 from vlmoe.tasks import finetune
+from vlmoe.tasks.start import start_encoder
 from vlmoe.tasks.task import Inputs, TaskLoss
 
 LABELS = ("False", "True")  # classes 0 and 1 of the released heads
@@ -37,7 +38,7 @@ class NLVR2:
 
     def start(self, model: nn.Module) -> None:
         assert isinstance(model, NLVR2Model)
-        finetune.start_encoder(model.encoder, self.config, self.tokenizer.vocab_size)
+        start_encoder(model.encoder, self.config, self.tokenizer.vocab_size)
 
     def describe(self, model: nn.Module) -> str:
         return finetune.describe_finetune(model, self.config, "two pictures a sentence")

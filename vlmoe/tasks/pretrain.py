@@ -29,6 +29,7 @@ from vlmoe.models.cost import describe_model
 from vlmoe.models.heads import PretrainModel
 from vlmoe.models.visual_tokenizer import VisualTokenizer, load_visual_tokenizer
 from vlmoe.nn.router import Routing, load_balancing_loss, router_z_loss
+from vlmoe.tasks.start import start_encoder, start_heads
 from vlmoe.tasks.task import Inputs, TaskLoss
 
 
@@ -60,7 +61,9 @@ class Pretrain:
         return self.codes_of.num_codes if self.codes_of else 0
 
     def start(self, model: nn.Module) -> None:
-        pass
+        assert isinstance(model, PretrainModel)
+        start_encoder(model.encoder, self.config, self.tokenizer.vocab_size)
+        start_heads(model, self.config)
 
     def open_streams(self) -> dict[str, SampleStream]:
         return open_streams(self.config.data, self.streams, seed=self.config.seed)
@@ -69,7 +72,8 @@ class Pretrain:
         return open_held_out(self.config.data, self.streams)
 
     def describe(self, model: nn.Module) -> str:
-        return describe_model(self.config.model, self.tokenizer.vocab_size, self.num_codes)
+        about = describe_model(self.config.model, self.tokenizer.vocab_size, self.num_codes)
+        return f"{about}\nstarting from {self.config.init}" if self.config.init else about
 
     def prepare(self, sample: Sample, stream: str, rng: np.random.Generator, training: bool) -> dict[str, Any]:
         c, tensors = self.config, {}

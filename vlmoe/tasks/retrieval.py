@@ -22,6 +22,7 @@ from vlmoe.models import RetrievalModel, build_encoder
 from vlmoe.models.build import check_model
 from vlmoe.tasks import finetune
 from vlmoe.tasks.contrast import contrastive_loss
+from vlmoe.tasks.start import start_encoder, start_heads
 from vlmoe.tasks.task import Inputs, TaskLoss
 
 KS = (1, 5, 10)
@@ -48,8 +49,8 @@ class Retrieval:
 
     def start(self, model: nn.Module) -> None:
         assert isinstance(model, RetrievalModel)
-        finetune.start_encoder(model.encoder, self.config, self.tokenizer.vocab_size)
-        finetune.start_heads(model, self.config)
+        start_encoder(model.encoder, self.config, self.tokenizer.vocab_size)
+        start_heads(model, self.config)
 
     @cached_property
     def training(self) -> Examples:

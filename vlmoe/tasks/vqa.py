@@ -22,6 +22,7 @@ from vlmoe.models.build import build_encoder, check_model
 from vlmoe.models.heads import VQAModel
 from vlmoe.tasks import finetune
 from vlmoe.tasks.labels import LABELS_FILE, labels_text, read_labels
+from vlmoe.tasks.start import start_encoder
 from vlmoe.tasks.task import Inputs, TaskLoss
 
 
@@ -44,7 +45,7 @@ class VQA:
 
     def start(self, model: nn.Module) -> None:
         assert isinstance(model, VQAModel)
-        finetune.start_encoder(model.encoder, self.config, self.tokenizer.vocab_size)
+        start_encoder(model.encoder, self.config, self.tokenizer.vocab_size)
 
     def describe(self, model: nn.Module) -> str:
         return finetune.describe_finetune(model, self.config, f"{len(self.labels)} answers")

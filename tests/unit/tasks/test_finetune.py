@@ -142,6 +142,18 @@ def test_pairs_of_pictures_start_from_a_run_of_questions_which_has_no_last_norm(
         assert torch.equal(tensor, expected[name]), name
 
 
+def test_a_pretraining_goes_on_from_a_contrastive_run(finetune_recipe, pretrain_recipe, tmp_path):
+    train(load(finetune_recipe("retrieval", "coco", steps=2)))
+    task = make_task(load(pretrain_recipe, [f"init={tmp_path / 'run'}"]), CPU)
+    model = task.build_model()
+    task.start(model)
+    saved = weights(tmp_path / "run")
+    assert all(torch.equal(each, saved[name]) for name, each in model.encoder.state_dict(prefix="encoder.").items())
+    assert f"starting from {tmp_path / 'run'}" in task.describe(model)
+    with pytest.raises(UserError, match=r"init: .* holds another encoder: model.depth is 2 there and 3 here"):
+        train(load(pretrain_recipe, [f"init={tmp_path / 'run'}", "model.depth=3", f"out={tmp_path / 'other'}"]))
+
+
 def test_a_released_encoder_is_a_start_at_another_size(finetune_recipe, tiny_examples, tmp_path):
     golden = load_file(Path(__file__).parents[2] / "data" / "golden" / "beit3_encoder.safetensors")
     torch.save({"model": {key: each for key, each in golden.items() if key.startswith("beit3.")}}, tmp_path / "a.pth")
