@@ -9,7 +9,6 @@ python tools/bench.py cpu
 """
 
 import argparse
-import csv
 import statistics
 import subprocess
 from collections.abc import Callable, Iterable
@@ -19,6 +18,7 @@ from typing import Any
 import bench_cpu
 import bench_step
 import torch
+from bench_table import append_row
 from torch import Tensor, nn
 
 from vlmoe.nn import MHMoE
@@ -158,19 +158,9 @@ def _commit() -> str:
 
 
 def _append(path: Path, rows: Iterable[dict[str, Any]], machine: dict[str, str]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     for row in rows:
         print("  ".join(f"{key} {value}" for key, value in row.items() if key not in machine), flush=True)
-        row = machine | row
-        with path.open("a+", newline="") as file:
-            file.seek(0)
-            header = next(csv.reader(file), None)
-            writer = csv.DictWriter(file, fieldnames=list(row))
-            if header is None:
-                writer.writeheader()
-            elif header != list(row):
-                raise SystemExit(f"{path} has other columns than this bench writes; move it away, or set --out")
-            writer.writerow(row)
+        append_row(path, machine | row)
 
 
 BENCHES = {"layer": layer, "routing": routing}

@@ -9,7 +9,6 @@ A recipe whose `init` is the run of another one of these tasks waits for that.
 """
 
 import argparse
-import csv
 import json
 import multiprocessing
 import re
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bench_table import append_row
 
 from vlmoe.config import ExamplesSource, FinetuneConfig, load
 from vlmoe.data.examples import open_examples
@@ -36,9 +36,6 @@ ROOT = Path(__file__).parents[1]
 TASKS = ("vqa", "retrieval", "captioning", "nlvr2")
 STARTS = {"pretrained": [], "scratch": ["init=null"], "blind": ["init=null", "blind=true"]}
 SPLITS = ("val", "test", "test_style", "test_combination", "test_concept")
-COLUMNS: list[str] = [
-    "hardware", "torch", "recipe", "task", "start", "steps", "train_seconds", "split", "metric", "value",
-]  # fmt: skip
 
 
 def recipe_of(task: str) -> Path:
@@ -149,16 +146,13 @@ def _chance_of_texts(examples: Sequence[Any]) -> dict[int, float]:
 
 def append(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    machine = {"hardware": hardware, "torch": torch.__version__}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    is_new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        if is_new:
-            writer.writeheader()
-        for row in rows:
-            recipe = recipe_of(row["task"]).relative_to(ROOT)
-            writer.writerow(machine | {"recipe": str(recipe)} | row | {"value": round(row["value"], 3)})
+    for row in rows:
+        about = {
+            "hardware": hardware,
+            "torch": torch.__version__,
+            "recipe": str(recipe_of(row["task"]).relative_to(ROOT)),
+        }
+        append_row(path, about | row | {"value": round(row["value"], 3)})
 
 
 def main() -> int:

@@ -154,8 +154,12 @@ def compile_blocks(model: nn.Module) -> None:
 
     Part by part, for equal parts of all layers are compiled once; drop path, whose rate differs from layer to layer, stays
     outside. Streams differ in what they pass (image, text, both) and text in length, so the parts need more variants than
-    torch allows by itself before it gives up compiling.
+    torch allows by itself before it gives up compiling. Inductor's analysis of tiles is not made for shapes that vary, and
+    stops at some with an AssertionError (pytorch/pytorch#181563, seen with torch 2.11), so it is off.
     """
+    import torch._inductor.config
+
+    torch._inductor.config.triton.coalesce_tiling_analysis = False
     torch._dynamo.config.recompile_limit = max(RECOMPILE_LIMIT, torch._dynamo.config.recompile_limit)
     for module in model.modules():
         if isinstance(module, (Attention, MultiwayFFN)):
