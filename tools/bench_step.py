@@ -227,7 +227,7 @@ def _backend(config: ModelConfig, device: torch.device) -> str:
     if not sparse_layers(config) or ffn.backend != "auto":
         return ffn.backend if sparse_layers(config) else ""
     width = config.dim // (ffn.num_heads if ffn.kind == "mhmoe" else 1)
-    hidden_dim = ffn.hidden_dim or expert_dim(ffn, config.dim, ffn.dense_dim or 4 * config.dim)
+    hidden_dim = expert_dim(ffn, config.dim)
     return fastest_backend(
         torch.empty(0, width, dtype=torch.bfloat16, device=device), hidden_dim, slots_per_expert=math.inf
     )

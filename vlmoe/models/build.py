@@ -113,7 +113,7 @@ def check_backend(config: ModelConfig, device: torch.device, dtype: torch.dtype)
     ffn = config.ffn
     if ffn.backend == "triton" and sparse_layers(config):
         sub_dim = config.dim // (ffn.num_heads if ffn.kind == "mhmoe" else 1)
-        hidden_dim = ffn.hidden_dim or expert_dim(ffn, config.dim, ffn.dense_dim or 4 * config.dim)
+        hidden_dim = expert_dim(ffn, config.dim)
         if problem := triton_problem(torch.empty(0, sub_dim, dtype=dtype, device=device), hidden_dim):
             raise UserError(f"model.ffn: {problem}")
 
@@ -200,14 +200,14 @@ def _make_ffn(config: ModelConfig, layer: int) -> MultiwayFFN:
     def make() -> nn.Module:
         if not is_sparse:
             return FeedForward(config.dim, dense_dim, activation=ffn.activation)
-        return _make_moe(ffn, config.dim, dense_dim)
+        return _make_moe(ffn, config.dim)
 
     copies = (*(PER_MODALITY if per_modality else SHARED), *joint)
     return MultiwayFFN(config.dim, make, norm_copies=(*PER_MODALITY, *joint), copies=copies)
 
 
-def _make_moe(ffn: FFNConfig, dim: int, dense_dim: int) -> MoE | MHMoE:
-    hidden_dim = ffn.hidden_dim or expert_dim(ffn, dim, dense_dim)
+def _make_moe(ffn: FFNConfig, dim: int) -> MoE | MHMoE:
+    hidden_dim = expert_dim(ffn, dim)
     make = MoE
     if ffn.kind == "mhmoe":
         make = partial(
@@ -232,12 +232,15 @@ def _make_moe(ffn: FFNConfig, dim: int, dense_dim: int) -> MoE | MHMoE:
     )
 
 
-def expert_dim(ffn: FFNConfig, dim: int, dense_dim: int) -> int:
-    """Hidden width of an expert that gives a sparse layer the FLOPs of a dense one, as a multiple of 8."""
+def expert_dim(ffn: FFNConfig, dim: int) -> int:
+    """Hidden width of an expert: the recipe's, or that which gives a sparse layer the FLOPs of a dense one, as a multiple
+    of 8."""
+    if ffn.hidden_dim:
+        return ffn.hidden_dim
     is_split = ffn.kind == "mhmoe"
     try:
         return flops_parity_hidden_dim(
-            dense_cost(dim, dense_dim, activation=ffn.activation),
+            dense_cost(dim, ffn.dense_dim or 4 * dim, activation=ffn.activation),
             dim=dim,
             top_k=ffn.top_k,
             activation=ffn.activation,

@@ -16,7 +16,7 @@ from vlmoe.nn.budget import Cost, dense_cost, mhmoe_cost, moe_cost
 
 def ffn_cost(ffn: FFNConfig, dim: int) -> Cost:
     """Of one sparse layer's feed-forward part (one expert bank)."""
-    hidden = ffn.hidden_dim or expert_dim(ffn, dim, ffn.dense_dim or 4 * dim)
+    hidden = expert_dim(ffn, dim)
     if ffn.kind == "moe":
         return moe_cost(
             dim, hidden, ffn.num_experts, ffn.top_k,
@@ -56,7 +56,7 @@ def describe_model(config: ModelConfig, vocab_size: int, num_codes: int) -> str:
     sparse = sparse_layers(config)
     kind = f"{ffn.kind} ({ffn.gate} gate)" if sparse else "dense"
     heads = f"{ffn.num_heads} x {config.dim // ffn.num_heads} features" if ffn.kind == "mhmoe" else "whole tokens"
-    hidden = ffn.hidden_dim or expert_dim(ffn, config.dim, ffn.dense_dim or 4 * config.dim)
+    hidden = expert_dim(ffn, config.dim)
     lines = [
         f"model: {config.depth} layers of width {config.dim}, {config.multiway}, {kind}"
         + (

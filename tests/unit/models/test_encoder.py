@@ -165,10 +165,11 @@ def test_retrieval_takes_images_and_texts_apart(given):
 
 def test_experts_have_the_flops_of_a_dense_layer():
     """arXiv:2411.16205, eq. 8: f = F / k for whole tokens, (F - d) / k with one split and one merge layer."""
-    assert expert_dim(FFNConfig(kind="moe", top_k=2), 192, 768) == 384
-    assert expert_dim(FFNConfig(kind="mhmoe", top_k=2), 192, 768) == (768 - 192) // 2
+    assert expert_dim(FFNConfig(kind="moe", top_k=2), 192) == 384
+    assert expert_dim(FFNConfig(kind="mhmoe", top_k=2), 192) == (768 - 192) // 2
+    assert expert_dim(FFNConfig(kind="moe", hidden_dim=40), 192) == 40
     with pytest.raises(UserError, match=r"model\.ffn\.hidden_dim"):
-        expert_dim(FFNConfig(kind="mhmoe", num_split_layers=3, num_merge_layers=3), 192, 192)
+        expert_dim(FFNConfig(kind="mhmoe", num_split_layers=3, num_merge_layers=3, dense_dim=192), 192)
 
 
 def test_initial_sizes_are_magnetos():
