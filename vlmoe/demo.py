@@ -1,4 +1,4 @@
-"""The whole road on two cores: scenes, a visual tokenizer, an MH-MoE pretraining, two fine-tunings, what they see."""
+"""The whole road on two cores: scenes, a visual tokenizer, an MH-MoE pretraining, three fine-tunings, what they see."""
 
 import json
 import resource
@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from vlmoe.config import load
-from vlmoe.data import eval_transform, held_out_samples, to_float
+from vlmoe.data import Pixels, Sample, eval_transform, held_out_samples, to_float
 from vlmoe.errors import UserError
 from vlmoe.inspect.pictures import draw_losses, draw_texts
 from vlmoe.inspect.reading import draw_samples
@@ -25,7 +25,7 @@ from vlmoe.use import load as load_model
 CHECKOUT = Path(__file__).parents[1]
 DATA = Path("datasets/demo")
 RUNS = Path("runs/demo")
-FINETUNINGS = ("retrieval", "captioning")
+FINETUNINGS = ("retrieval", "captioning", "vqa")
 SHOWN = 6  # scenes in a picture
 PIXELS = 96  # side of a scene
 
@@ -59,15 +59,18 @@ def demo() -> None:
     with _timed(times, "pictures of it"):
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         paths = draw_samples(load_run(RUNS / "pretrain", device, []), RUNS, count=SHOWN, device=device)
-        for name in ("captions", "losses", "scenes"):
+        for name in ("captions", "answers", "losses", "scenes"):
             paths[name] = RUNS / f"{name}.png"
         draw_losses(read_metrics(RUNS / "pretrain"), paths["losses"])
         _draw_captions(paths["captions"])
+        _draw_answers(paths["answers"])
     _report(times, paths)
 
 
 def _report(times: dict[str, float], paths: dict[str, Path]) -> None:
-    codes, pretrain, retrieval, captioning = (_figures(name) for name in ("visual_tokenizer", "pretrain", *FINETUNINGS))
+    names = ("visual_tokenizer", "pretrain", *FINETUNINGS)
+    codes, pretrain, retrieval, captioning, vqa = (_figures(name) for name in names)
+    floors = json.loads((DATA / "stats.json").read_text())["question_only_floors_on_val"]["all"]
     text, unigram = pretrain["texts_text/perplexity"], pretrain["texts_text/unigram_perplexity"]
     seeing, blind = pretrain["pairs_text/perplexity"], pretrain["pairs_text_image_shuffled/perplexity"]
     scenes = len(held_out_samples([f"{DATA}/val-*.tar"], "pairs"))
@@ -81,6 +84,7 @@ def _report(times: dict[str, float], paths: dict[str, Path]) -> None:
         (f"% of texts whose picture is among the first 10 of {scenes} (chance)",
          retrieval["text_to_image/recall@10"], 1000 / scenes),
         ("CIDEr of captions (the same, each for another scene)", captioning["cider"], _cider_of_swapped_captions()),
+        ("% of questions answered (the commonest answer to each wording)", vqa["accuracy"], 100 * floors["by_question"]),
     ):  # fmt: skip
         print(f"{name:<66}{value:>10.2f}{baseline:>10.2f}")
     used = [value for name, value in pretrain.items() if name.endswith("/in_use")]
@@ -112,16 +116,34 @@ def _cider_of_swapped_captions() -> float:
     return 100 * caption_scores(references, swapped)["cider"]
 
 
+def _held_out() -> tuple[list[Sample], list[Pixels]]:
+    """Some scenes, and their pictures at twice their size."""
+    samples = [place.load() for place in held_out_samples([f"{DATA}/val-*.tar"], "pairs")[:SHOWN]]
+    pixels = [eval_transform(sample.image, image_size=2 * PIXELS) for sample in samples if sample.image is not None]
+    return samples, pixels
+
+
 def _draw_captions(path: Path) -> None:
     """Held-out scenes beside what the fine-tuned model says of them, and one of the true captions."""
-    model = load_model(RUNS / "captioning")
-    pictures, lines = [], []
-    for place in held_out_samples([f"{DATA}/val-*.tar"], "pairs")[:SHOWN]:
-        sample = place.load()
-        assert sample.image is not None
-        pictures.append(to_float(eval_transform(sample.image, image_size=2 * PIXELS)))
-        lines.append(f"says  {model.caption(sample.image)}\ntrue  {sample.texts[0]}")
-    draw_texts(torch.stack(pictures), lines, path)
+    samples, pixels = _held_out()
+    said = load_model(RUNS / "captioning").caption([*pixels])
+    lines = [f"says  {each}\ntrue  {sample.texts[0]}" for each, sample in zip(said, samples, strict=True)]
+    draw_texts(to_float(torch.stack(pixels)), lines, path)
+
+
+def _draw_answers(path: Path) -> None:
+    """Held-out scenes beside their questions, what the fine-tuned model answers, and the truth where that is another."""
+    samples, pixels = _held_out()
+    model, lines = load_model(RUNS / "vqa"), []
+    for sample, image in zip(samples, pixels, strict=True):
+        found = model.answer(image, [asked["question"] for asked in sample.meta["questions"]], top_k=1)
+        answers = zip(sample.meta["questions"], (best.text for best, *_ in found), strict=True)
+        lines.append("\n".join(_answered(asked, said) for asked, said in answers))
+    draw_texts(to_float(torch.stack(pixels)), lines, path)
+
+
+def _answered(asked: dict[str, str], said: str) -> str:
+    return f"{asked['question']:<48}{said}" + ("" if said == asked["answer"] else f" (it is {asked['answer']})")
 
 
 def _script(name: str, *arguments: str) -> None:

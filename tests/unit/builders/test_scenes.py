@@ -258,6 +258,10 @@ def test_floors_by_hand():
     train = stats(("p", "1"), ("p", "1"), ("q", "2"), ("q", "2"), ("q", "2"))
     floors = question_only_floors(train, stats(("p", "1"), ("q", "2"), ("new", "2"), ("q", "1")))
     assert floors["t"] == {"by_question": 0.75, "by_type": 0.5, "questions": 4} == floors["all"]
+    parts = stats(("p", "1"), ("p", "1"))
+    parts.add(stats(("q", "2"), ("q", "2"), ("q", "2")))
+    assert parts.by_question == train.by_question and parts.by_type == train.by_type
+    assert parts.counts == train.counts + Counter(scenes=1) and parts.type_of == train.type_of
 
 
 @pytest.mark.parametrize("color", ["red", "yellow", "green", "blue", "gray", "black", "white", "brown"])
