@@ -140,7 +140,7 @@ class Model:
 
     def embed_text(self, text: str | list[str]) -> Float[Tensor, "*texts dim"]:
         """Of unit length, float32, on the CPU."""
-        task, texts = self._of(Retrieval, "retrieval", "embeds texts"), _as_list(text)
+        task, texts = self._of(Retrieval, "retrieval", "embeds texts"), _valid(_as_list(text))
         with torch.inference_mode(), self._autocast():
             parts = [texts[i : i + self.batch_size] for i in range(0, len(texts), self.batch_size)]
             found = torch.cat(
@@ -189,12 +189,21 @@ def open_picture(picture: Picture) -> Pixels:
         raise UserError(f"{picture}: {error.cause}; give JPEG, PNG, WebP, GIF or BMP files") from None
 
 
+def _valid(texts: list[str]) -> list[str]:
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeError:  # what a shell passes on of bytes that are no UTF-8
+            raise UserError(f"the text {text!r} is not valid Unicode; write it in UTF-8") from None
+    return texts
+
+
 def _sample(picture: Picture, texts: list[str], second: Picture | None = None) -> Sample:
     return Sample(
         key="",
         source="",
         image=open_picture(picture),
-        texts=texts,
+        texts=_valid(texts),
         meta={"id": 0, "image_id": 0},
         image_b=None if second is None else open_picture(second),
     )

@@ -57,6 +57,8 @@ def test_answers_are_those_of_the_evaluation(trained, tiny_examples, pictures):
         model.answer(pictures[0], "a what", top_k=0)
     with pytest.raises(UserError, match=r"cannot read 'a.x00.png': embedded null byte"):
         model.answer("a\0.png", "a what")
+    with pytest.raises(UserError, match="is not valid Unicode; write it in UTF-8"):
+        model.answer(pictures[0], "a \udcff")
     with pytest.raises(UserError, match="batch_size is 0; it must be at least 1"):
         vlmoe.load(run, batch_size=0)
     with pytest.raises(UserError, match="2 pictures do not pair with 3 questions"):
