@@ -29,9 +29,7 @@ INFO = {
     "date_created": "",
 }
 LICENCES = [{"id": 1, "name": "those of the drawings: see credits.md and each sample's json", "url": "credits.md"}]
-
-
-Entry = tuple[str, str, Record]  # index file, list in it, item
+Entry = tuple[str, str, Record]  # index, list in it, item
 
 
 @dataclass
@@ -43,18 +41,16 @@ class Packed:
     stats: SplitStats = field(default_factory=SplitStats)
 
 
-def pack(samples: Iterable[Sample], what: str, split: str, vocabulary: Vocabulary) -> Packed:
-    packed = Packed()
-    category = {kind.name: number for number, kind in enumerate(vocabulary.kinds.values(), 1)}
+def pack(samples: Iterable[Sample], what: str, vocabulary: Vocabulary) -> Packed:
+    packed, categories = Packed(), _category_numbers(vocabulary)
     for sample in samples:
         packed.members.append(_members(sample))
         if what == "texts":
             packed.stats.counts["texts"] += 1
             continue
         (packed.stats.add_scene if what == "scenes" else packed.stats.add_pair)(sample.record)
-        entries = _scene_entries(sample, split, category) if what == "scenes" else _pair_entries(sample, split)
-        for file, name, item in entries:
-            packed.entries[file, name].append(json.dumps(item, ensure_ascii=False))
+        for index, name, item in _scene_entries(sample, categories) if what == "scenes" else _pair_entries(sample):
+            packed.entries[index, name].append(json.dumps(item, ensure_ascii=False))
     return packed
 
 
@@ -81,10 +77,11 @@ class Shards:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._file is not None:
-            end = self._file.tell() + 2 * BLOCKSIZE  # an archive ends with two empty blocks, and fills its records
-            self._file.write(bytes(2 * BLOCKSIZE + -end % RECORDSIZE))
-            self._file.close()
+        file, self._file = self._file, None
+        if file is not None:
+            with file:
+                end = file.tell() + 2 * BLOCKSIZE  # an archive ends with two empty blocks, and fills its records
+                file.write(bytes(2 * BLOCKSIZE + -end % RECORDSIZE))
 
 
 class JsonFile:
@@ -122,26 +119,27 @@ class SceneIndexes:
 
     def __init__(self, folder: Path, split: str, vocabulary: Vocabulary) -> None:
         coco = {"info": INFO, "licenses": LICENCES}
+        numbers = _category_numbers(vocabulary)
         categories = [
-            {"id": number, "name": kind.name, "supercategory": kind.kin}
-            for number, kind in enumerate(vocabulary.kinds.values(), 1)
+            {"id": numbers[kind.name], "name": kind.name, "supercategory": kind.kin}
+            for kind in vocabulary.kinds.values()
         ]
         vqa = {"info": INFO, "license": LICENCES[0], "data_type": "scenes", "data_subtype": split}
         for name in ("coco", "vqa"):
             (folder / name).mkdir(parents=True, exist_ok=True)
         self._files = {
-            name: JsonFile(folder / name, head, lists)
-            for name, head, lists in (
-                (f"coco/instances_{split}.json", coco | {"categories": categories}, ("images", "annotations")),
-                (f"coco/captions_{split}.json", coco, ("images", "annotations")),
-                (f"vqa/questions_{split}.json", vqa | {"task_type": "Open-Ended"}, ("questions",)),
-                (f"vqa/annotations_{split}.json", vqa, ("annotations",)),
+            index: JsonFile(folder / f"{index}_{split}.json", head, lists)
+            for index, head, lists in (
+                ("coco/instances", coco | {"categories": categories}, ("images", "annotations")),
+                ("coco/captions", coco, ("images", "annotations")),
+                ("vqa/questions", vqa | {"task_type": "Open-Ended"}, ("questions",)),
+                ("vqa/annotations", vqa, ("annotations",)),
             )
         }
 
     def add(self, packed: Packed) -> None:
-        for (file, name), items in packed.entries.items():
-            self._files[file].add(name, items)
+        for (index, name), items in packed.entries.items():
+            self._files[index].add(name, items)
 
     def close(self) -> None:
         for file in self._files.values():
@@ -171,36 +169,39 @@ def _members(sample: Sample) -> bytes:
     return file.getvalue()  # of an archive that is not closed: it has no end
 
 
-def _scene_entries(sample: Sample, split: str, category: dict[str, int]) -> Iterator[Entry]:
+def _category_numbers(vocabulary: Vocabulary) -> dict[str, int]:
+    return {kind.name: number for number, kind in enumerate(vocabulary.kinds.values(), 1)}
+
+
+def _scene_entries(sample: Sample, categories: dict[str, int]) -> Iterator[Entry]:
     record, number = sample.record, sample.record["image_id"]
     image = {"id": number, "file_name": f"{sample.key}.jpg", "license": 1}
     image |= {"width": record["width"], "height": record["height"]}
-    instances, captions = f"coco/instances_{split}.json", f"coco/captions_{split}.json"
-    yield instances, "images", image
-    yield captions, "images", image
+    yield "coco/instances", "images", image
+    yield "coco/captions", "images", image
     for place, thing in enumerate(record["objects"]):
-        yield instances, "annotations", _box(thing, number, place, category)
+        yield "coco/instances", "annotations", _box(thing, number, place, categories)
     for place, caption in enumerate(record["captions"]):
-        yield captions, "annotations", {"image_id": number, "id": 10 * number + place, "caption": caption}
+        yield "coco/captions", "annotations", {"image_id": number, "id": 10 * number + place, "caption": caption}
     for question in record["questions"]:
         ids = {"image_id": number, "question_id": question["question_id"]}
-        yield f"vqa/questions_{split}.json", "questions", ids | {"question": question["question"]}
-        yield f"vqa/annotations_{split}.json", "annotations", ids | _annotation(question)
+        yield "vqa/questions", "questions", ids | {"question": question["question"]}
+        yield "vqa/annotations", "annotations", ids | _annotation(question)
 
 
-def _pair_entries(sample: Sample, split: str) -> Iterator[Entry]:
+def _pair_entries(sample: Sample) -> Iterator[Entry]:
     line = {name: sample.record[name] for name in ("identifier", "sentence", "label", "statement_type")}
     line |= {"left_image": f"{sample.key}.left.jpg", "right_image": f"{sample.key}.right.jpg"}
-    yield f"nlvr2/{split}.jsonl", "", line
+    yield "nlvr2", "lines", line
 
 
-def _box(thing: Record, image: int, place: int, category: dict[str, int]) -> Record:
+def _box(thing: Record, image: int, place: int, categories: dict[str, int]) -> Record:
     left, top, width, height = thing["box"]
     right, bottom = left + width, top + height
     return {
         "id": 10 * image + place,
         "image_id": image,
-        "category_id": category[thing["name"]],
+        "category_id": categories[thing["name"]],
         "bbox": [left, top, width, height],
         "area": width * height,
         "iscrowd": 0,

@@ -125,7 +125,7 @@ def _make(chunk: tuple[str, str, range]) -> Packed:
             for extension, content in sample.files.items():
                 if extension.endswith("jpg"):
                     (_images[split] / f"{sample.key}.{extension}").write_bytes(content)
-    return pack(samples, what, split, _world.vocabulary)
+    return pack(samples, what, _world.vocabulary)
 
 
 def _counted(made: Iterator[Packed], bar: "tqdm[Any]") -> Iterator[Packed]:

@@ -62,8 +62,9 @@ def demo() -> None:
         for name in ("captions", "answers", "losses", "scenes"):
             paths[name] = RUNS / f"{name}.png"
         draw_losses(read_metrics(RUNS / "pretrain"), paths["losses"])
-        _draw_captions(paths["captions"])
-        _draw_answers(paths["answers"])
+        samples = [place.load() for place in held_out_samples([f"{DATA}/val-*.tar"], "pairs")[:SHOWN]]
+        _draw_captions(paths["captions"], samples)
+        _draw_answers(paths["answers"], samples)
     _report(times, paths)
 
 
@@ -116,30 +117,29 @@ def _cider_of_swapped_captions() -> float:
     return 100 * caption_scores(references, swapped)["cider"]
 
 
-def _held_out() -> tuple[list[Sample], list[Pixels]]:
-    """Some scenes, and their pictures at twice their size."""
-    samples = [place.load() for place in held_out_samples([f"{DATA}/val-*.tar"], "pairs")[:SHOWN]]
-    pixels = [eval_transform(sample.image, image_size=2 * PIXELS) for sample in samples if sample.image is not None]
-    return samples, pixels
-
-
-def _draw_captions(path: Path) -> None:
+def _draw_captions(path: Path, samples: list[Sample]) -> None:
     """Held-out scenes beside what the fine-tuned model says of them, and one of the true captions."""
-    samples, pixels = _held_out()
-    said = load_model(RUNS / "captioning").caption([*pixels])
-    lines = [f"says  {each}\ntrue  {sample.texts[0]}" for each, sample in zip(said, samples, strict=True)]
-    draw_texts(to_float(torch.stack(pixels)), lines, path)
+    said = load_model(RUNS / "captioning").caption([*_pictures(samples)])
+    _draw(path, samples, [f"says  {each}\ntrue  {sample.texts[0]}" for each, sample in zip(said, samples, strict=True)])
 
 
-def _draw_answers(path: Path) -> None:
+def _draw_answers(path: Path, samples: list[Sample]) -> None:
     """Held-out scenes beside their questions, what the fine-tuned model answers, and the truth where that is another."""
-    samples, pixels = _held_out()
     model, lines = load_model(RUNS / "vqa"), []
-    for sample, image in zip(samples, pixels, strict=True):
-        found = model.answer(image, [asked["question"] for asked in sample.meta["questions"]], top_k=1)
+    for sample, picture in zip(samples, _pictures(samples), strict=True):
+        found = model.answer(picture, [asked["question"] for asked in sample.meta["questions"]], top_k=1)
         answers = zip(sample.meta["questions"], (best.text for best, *_ in found), strict=True)
         lines.append("\n".join(_answered(asked, said) for asked, said in answers))
-    draw_texts(to_float(torch.stack(pixels)), lines, path)
+    _draw(path, samples, lines)
+
+
+def _draw(path: Path, samples: list[Sample], lines: list[str]) -> None:
+    larger = [eval_transform(picture, image_size=2 * PIXELS) for picture in _pictures(samples)]
+    draw_texts(to_float(torch.stack(larger)), lines, path)
+
+
+def _pictures(samples: list[Sample]) -> list[Pixels]:
+    return [sample.image for sample in samples if sample.image is not None]
 
 
 def _answered(asked: dict[str, str], said: str) -> str:

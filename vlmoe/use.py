@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vlmoe.data import BrokenSample, Pixels, Sample, collate, to_device
 from vlmoe.data.sample import decode_image, to_pixels, to_rgb
+from vlmoe.data.text import is_unicode
 from vlmoe.errors import UserError
 from vlmoe.tasks import load_run
 from vlmoe.tasks.captioning import Captioning
@@ -191,10 +192,8 @@ def open_picture(picture: Picture) -> Pixels:
 
 def _valid(texts: list[str]) -> list[str]:
     for text in texts:
-        try:
-            text.encode()
-        except UnicodeError:  # what a shell passes on of bytes that are no UTF-8
-            raise UserError(f"the text {text!r} is not valid Unicode; write it in UTF-8") from None
+        if not is_unicode(text):
+            raise UserError(f"the text {text!r} is not valid Unicode; write it in UTF-8")
     return texts
 
 

@@ -23,6 +23,7 @@ from vlmoe.data.index import ShardIndex
 from vlmoe.data.readers import Example, is_held_out, read_examples
 from vlmoe.data.sample import BadSample, BrokenSample, Sample, decode_image
 from vlmoe.data.shards import open_shards, permutation, read_or_replace
+from vlmoe.data.text import is_unicode
 from vlmoe.errors import UserError
 
 STREAM = "examples"
@@ -268,10 +269,8 @@ class ExampleStream:
 
 def _check_text(example: Example) -> None:
     meta = example.meta
-    try:
-        "".join((*example.texts, *meta.get("answers", ()), meta.get("label", ""))).encode()
-    except UnicodeError:  # JSON can hold half a surrogate pair, which no tokenizer takes
-        raise UserError(f"{example.where}: its text is not valid Unicode") from None
+    if not is_unicode("".join((*example.texts, *meta.get("answers", ()), meta.get("label", "")))):
+        raise UserError(f"{example.where}: its text is not valid Unicode")
 
 
 def _place_of_pictures(source: ExamplesSource) -> str:

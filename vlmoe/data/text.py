@@ -88,6 +88,15 @@ class SentencePieceTokenizer:
         return self.pieces.decode([each - 1 for each in map(int, ids) if self.unk_id < each < self.mask_id])
 
 
+def is_unicode(text: str) -> bool:
+    """False where a text holds half a surrogate pair, as JSON can and a shell passes on: no tokenizer takes it."""
+    try:
+        text.encode()
+    except UnicodeError:
+        return False
+    return True
+
+
 class ClipTokenizer:
     """CLIP's lower-case byte-pair encoding of 49,408 ids, from the table inside open_clip, and two ids more.
 
