@@ -64,6 +64,7 @@ class LayoutOptions:
     kinds: int | None = None  # draw from so many kinds only; None: from all
     styles: int | None = None  # and in so many styles only
     plain: bool = False  # all backgrounds white
+    restyled: float = 0.0  # share of a training scene's things that are drawn in a made-up style
 
 
 def generator(seed: int, what: str, split: str, index: int) -> Random:

@@ -219,6 +219,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--kinds", type=int, help="draw from so many kinds of object only, 12 or more (default: all of the bank)")
     add("--styles", type=int, help="in so many styles only, besides the unseen one (default: all of the bank)")
     add("--plain", action="store_true", help="white backgrounds")
+    add("--restyled", type=float, default=0.0, help="share of training drawings in made-up styles (default: 0)")
     add("--max-overlap", type=float, default=0.08, help="share of the smaller of two boxes (default: 0.08)")
     add("--images", choices=("all", "held-out", "none"), default="all", help="splits with picture files (default: all)")
     add("--shard-size", type=int, default=1000, help="samples in a shard (default: 1000)")
@@ -237,6 +238,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ("max_objects", max(options.min_objects, 3), 7),
         ("kinds", 12, 10_000_000),
         ("styles", 1, 10_000_000),
+        ("restyled", 0, 1),
         ("max_overlap", 0, 0.3),
         ("shard_size", 1, 10_000_000),
         ("workers", 1, 4096),
@@ -254,6 +256,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         kinds=options.kinds,
         styles=options.styles,
         plain=options.plain,
+        restyled=options.restyled,
     )
     stats = build(
         options.bank,

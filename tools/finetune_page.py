@@ -33,7 +33,8 @@ def section(path: Path) -> str:
         rows = [*csv.DictReader(file)]
     try:
         found = {(row["task"], row["metric"], row["split"], row["start"]): float(row["value"]) for row in rows}
-        steps = {(row["task"], row["start"]): row["steps"] for row in rows if row["steps"]}
+        runs = {(row["task"], row["start"]): row for row in rows if row["steps"]}
+        said = [f"{task} {start} {row['steps']} ({row['data']})" for (task, start), row in runs.items()]
         machines = dict.fromkeys(f"{row['hardware']}, torch {row['torch']}" for row in rows)
     except (KeyError, TypeError, ValueError) as error:
         raise SystemExit(f"{path}: a column is missing or a value is no number: {error}") from None
@@ -41,8 +42,7 @@ def section(path: Path) -> str:
     every = [(task, metric, name) for (task, metric), name in FIGURES.items()]
     lines = [ABOUT, *_table(every, found), "", "VQA by type of question, on val:", ""]
     lines += _table([("vqa", metric, metric.removeprefix(TYPE)) for metric in types], found, splits=("val",))
-    said = ", ".join(f"{task} {start} {number}" for (task, start), number in steps.items())
-    return "\n".join([*lines, "", f"Steps: {said}. {'; '.join(machines)}.", "", COMMAND])
+    return "\n".join([*lines, "", f"Steps: {', '.join(said)}. {'; '.join(machines)}.", "", COMMAND])
 
 
 COMMAND = """Made by, from `finetune.csv`:

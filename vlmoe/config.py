@@ -214,6 +214,7 @@ class VQAConfig(FinetuneConfig):
 
     labels: str | None = None  # file with an answer a line; None: the frequent answers of `data.examples.sources`
     min_answer_count: int = 9  # questions that an answer must be the answer of, to be a label
+    loss: Literal["bce", "cross_entropy"] = "bce"  # bce: each answer by itself (BEiT-3); cross_entropy: one of them
 
 
 @dataclass(kw_only=True)

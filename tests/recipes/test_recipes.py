@@ -47,7 +47,7 @@ FINETUNE = [path for path in sorted(RECIPES.rglob("*.yaml")) if isinstance(load(
 
 @pytest.mark.parametrize("path", FINETUNE, ids=lambda path: str(path.relative_to(RECIPES)))
 def test_a_fine_tuning_recipe_runs_three_steps(path: Path, tiny_examples, tmp_path: Path):
-    """Its task, its formats, its optimiser; a model and pictures small enough for a test."""
+    """Its task, its formats, its optimiser; a model and pictures small enough for a test, and no minutes of compiling."""
     config = load(path)
     assert isinstance(config, FinetuneConfig)
     small = replace(config.model, dim=32, depth=2, attn_heads=2, image_size=32, patch_size=8, max_text_length=16)
@@ -55,7 +55,7 @@ def test_a_fine_tuning_recipe_runs_three_steps(path: Path, tiny_examples, tmp_pa
     block = tiny_examples.data(config.data.examples.sources[0].format, 16)
     shrunk = {
         **yaml.safe_load(to_yaml(config)), "out": str(tmp_path), "init": None, "steps": 3, "device": "cpu",
-        "model": asdict(small),
+        "compile": False, "model": asdict(small),
     }  # fmt: skip
     shrunk["data"] |= block
     shrunk["optim"]["warmup_steps"] = 1

@@ -8,20 +8,27 @@ import contextlib
 import hashlib
 import json
 import logging
+import multiprocessing
 import os
 import re
+import sys
 import tarfile
 import tempfile
 from collections import OrderedDict
+from collections.abc import Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int
+from tqdm import tqdm
 
 from vlmoe.data.sample import BrokenSample
 from vlmoe.errors import UserError
 
+READERS = 8  # of headers, at a time
+MANY = 16  # tar files that are worth processes
 MAX_OPEN_FILES = 256  # tar files that one process keeps open
 CACHE_VERSION = 1
 BLOCK = 512  # bytes; tar headers and data start at multiples of it
@@ -67,14 +74,28 @@ class ShardIndex:
         return {self.extensions[self.extension_ids[place]]: place for place in places}
 
 
-def index_shard(path: str) -> ShardIndex:
-    """The index of a tar file, from the cache (`$XDG_CACHE_HOME` or `~/.cache`, `vlmoe/index`) or from its headers.
+def index_shards(paths: Sequence[str]) -> list[ShardIndex]:
+    """The indexes of tar files, from the cache (`$XDG_CACHE_HOME` or `~/.cache`, `vlmoe/index`) or from their headers.
 
-    A truncated file gives the samples before the cut and a warning.
+    A truncated file gives the samples before the cut and a warning. Many files are read by several processes, for it is
+    Python that reading their headers waits for.
 
     Raises:
-        UserError: the file cannot be read or is not an uncompressed tar file.
+        UserError: a file cannot be read or is not an uncompressed tar file.
     """
+    pool: Executor = ThreadPoolExecutor(READERS)
+    if len(paths) >= MANY and sys.platform == "linux":
+        processes = min(READERS, len(os.sched_getaffinity(0)))
+        pool = ProcessPoolExecutor(processes, multiprocessing.get_context("fork"))
+    with pool:
+        indexes = [*tqdm(pool.map(_index, paths), total=len(paths), desc="reading shard headers", delay=2)]
+    for index in indexes:
+        if index.truncated:
+            _log.warning("%s is truncated: using the %d whole samples at its start", index.path, len(index))
+    return indexes
+
+
+def _index(path: str) -> ShardIndex:
     try:
         stat = os.stat(path)
         cached = _load(path, size=stat.st_size, mtime_ns=stat.st_mtime_ns)
@@ -85,8 +106,6 @@ def index_shard(path: str) -> ShardIndex:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     if cached is None:
         _save(index)
-    if index.truncated:
-        _log.warning("%s is truncated: using the %d whole samples at its start", path, len(index))
     return index
 
 

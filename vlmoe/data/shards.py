@@ -13,18 +13,16 @@ import glob
 import os
 import zlib
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int
-from tqdm import tqdm
 from webdataset.shardlists import expand_urls
 
 from vlmoe.config import DataConfig, SourceConfig
-from vlmoe.data.index import ShardIndex, index_shard
+from vlmoe.data.index import ShardIndex, index_shards
 from vlmoe.data.sample import (
     NEEDS,
     BadSample,
@@ -122,9 +120,7 @@ def open_shards(pattern: str, *, recipe_key: str) -> list[ShardIndex]:
             f"{recipe_key}: {len(missing)} of {len(paths)} shards of {pattern!r} do not exist, first {missing[0]}; "
             "make the shards (docs/data.md) or change the key"
         )
-    with ThreadPoolExecutor(8) as threads:
-        progress = tqdm(threads.map(index_shard, paths), total=len(paths), desc="reading shard headers", delay=2)
-        indexes = list(progress)
+    indexes = index_shards(paths)
     if not any(len(index) for index in indexes):
         raise UserError(f"{recipe_key}: the {len(paths)} shards of {pattern!r} hold no sample; make them again")
     return indexes

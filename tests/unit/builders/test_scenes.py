@@ -6,7 +6,9 @@ import json
 import sys
 from collections import Counter, defaultdict
 from pathlib import Path
+from random import Random
 
+import numpy as np
 import pytest
 from PIL import Image, ImageColor, ImageDraw
 from pycocotools.coco import COCO
@@ -22,6 +24,7 @@ from scene_kinds import SPLITS, is_new, pair_held_out
 from scene_layout import LayoutOptions, draw_scene, generator, overlap
 from scene_make import samples_of
 from scene_questions import questions
+from scene_restyle import restyle
 from scene_sprites import build_world, color_name
 from scene_stats import SplitStats, question_only_floors
 from scene_truth import Truth, Words, counts, statement_holds
@@ -116,6 +119,33 @@ def test_plain_backgrounds_are_white(world):
     picture = Image.open(io.BytesIO(sample.files["jpg"]))
     assert all(min(picture.getpixel(corner)) > 240 for corner in ((0, 0), (95, 0), (0, 95), (95, 95)))
     assert sample.record["background"] == "plain"
+
+
+@pytest.mark.parametrize(("split", "changes"), [("train", True), ("val", False), ("test_style", False)])
+def test_only_training_drawings_are_restyled(world, split, changes):
+    plain, restyled = (
+        next(iter(samples_of(world, "scenes", split, range(1), 0, LayoutOptions(image_size=96, restyled=share))))
+        for share in (0.0, 1.0)
+    )
+    assert (plain.files["jpg"] != restyled.files["jpg"]) is changes
+    assert plain.record["objects"] == restyled.record["objects"]
+    assert changes or plain.record == restyled.record
+
+
+@pytest.mark.parametrize("name", ["saddlebrown", "limegreen", "pink", "white", "gold", "red", "dodgerblue", "gray"])
+def test_a_restyled_drawing_keeps_its_size_and_a_named_colour(name):
+    whole = Image.new("RGBA", (60, 48))
+    ImageDraw.Draw(whole).ellipse((2, 2, 57, 45), fill=ImageColor.getrgb(name))
+    sprite = np.asarray(whole.convert("RGBa"), np.float32)
+    changed = 0
+    for seed in range(60):
+        made = restyle(sprite, Random(seed), keep_color=True)
+        assert made.shape == sprite.shape and made.dtype == np.float32
+        assert (made >= 0).all() and (made[..., :3] <= made[..., 3:] + 1e-3).all() and made.max() <= 255
+        drawn = Image.fromarray(made.round().astype(np.uint8), "RGBa").convert("RGBA")
+        assert color_name(drawn) in (color_name(whole), None)
+        changed += not np.array_equal(made, sprite)
+    assert changed > 50
 
 
 def test_few_kinds_are_those_whose_colours_differ(bank_folder):

@@ -11,14 +11,14 @@ import pytest
 import webdataset
 
 from vlmoe.data import index as index_module
-from vlmoe.data.index import index_shard
+from vlmoe.data.index import index_shards
 from vlmoe.errors import UserError
 
 EVERYTHING = frozenset({"txt", "json", "jpg", "seg.png"})
 
 
 def _read_all(path):
-    index = index_shard(str(path))
+    (index,) = index_shards([str(path)])
     return [(index.keys[i], index.read(i, EVERYTHING)) for i in range(len(index))]
 
 
@@ -69,7 +69,7 @@ def test_cache_is_used_and_survives_anything(write_texts, cache_home, tmp_path, 
 def test_truncated_tar_gives_its_whole_samples_and_a_warning(write_texts, caplog):
     path = Path(write_texts("a{}.tar", [4]).replace("*", "0"))
     whole, content = _read_all(path), path.read_bytes()
-    data = index_shard(str(path)).offsets.tolist()
+    data = index_shards([str(path)])[0].offsets.tolist()
     cuts = {
         data[2] + 1: 2,  # within the third text
         data[2] - 100: 1,  # within its header: whether the second has more members cannot be known
@@ -90,13 +90,32 @@ def test_what_is_not_a_tar_is_named(tmp_path, write_texts):
         path = tmp_path / "wrong.tar"
         path.write_bytes(content)
         with pytest.raises(UserError, match=r"wrong\.tar is not an uncompressed tar file"):
-            index_shard(str(path))
+            index_shards([str(path)])
+
+
+def test_many_files_are_read_by_processes(write_texts, tmp_path, monkeypatch, caplog):
+    write_texts("a{}.tar", [2] * 5)
+    paths = [str(tmp_path / f"a{n}.tar") for n in range(5)]
+    Path(paths[3]).write_bytes(Path(paths[3]).read_bytes()[:3000])
+    monkeypatch.setattr(index_module, "_load", lambda *_, **__: None)
+    threads = index_shards(paths)
+    caplog.clear()
+    monkeypatch.setattr(index_module, "MANY", 1)
+    processes = index_shards(paths)
+    assert [(each.path, each.keys, each.offsets.tolist()) for each in processes] == [
+        (each.path, each.keys, each.offsets.tolist()) for each in threads
+    ]
+    assert [each.truncated for each in processes] == [False, False, False, True, False]
+    assert paths[3] in caplog.text
+    Path(paths[1]).write_bytes(b"")
+    with pytest.raises(UserError, match=r"a1\.tar is not an uncompressed tar file"):
+        index_shards(paths)
 
 
 def test_few_files_stay_open(write_texts, tmp_path, monkeypatch):
     monkeypatch.setattr(index_module, "MAX_OPEN_FILES", 2)
     write_texts("a{}.tar", [2] * 5)
-    indexes = [index_shard(str(tmp_path / f"a{n}.tar")) for n in range(5)]
+    indexes = index_shards([str(tmp_path / f"a{n}.tar") for n in range(5)])
     before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else None
     opened = len(index_module._open_files)
     for sample in (0, 1):

@@ -1,6 +1,7 @@
 """Fine-tunings: they learn, score every example once, and their checkpoints need nothing but themselves."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -24,6 +25,7 @@ from vlmoe.models.weights import latest_checkpoint, read_tensors
 from vlmoe.tasks import load_run, make_task
 from vlmoe.tasks.check import check_data
 from vlmoe.tasks.labels import read_labels
+from vlmoe.tasks.vqa import LOSSES
 from vlmoe.train.tracker import read_metrics
 from vlmoe.train.trainer import evaluate, train
 
@@ -53,6 +55,25 @@ def test_the_blind_baseline_sees_grey(finetune_recipe, training):
     for sample in (task.training.place(0).load(), task.training.place(1).load()):
         pixels = task.prepare(sample, "examples", np.random.default_rng(0), training)["image"]
         assert pixels.dtype == torch.uint8 and set(pixels.flatten().tolist()) == {127}
+
+
+def test_losses_of_answers_are_what_they_are_called():
+    logits = torch.tensor([[1.0, -2.0, 0.5], [0.0, 3.0, -1.0]], dtype=torch.float64)
+    targets = torch.tensor([[1.0, 0.6, 0.0], [0.0, 0.3, 0.0]], dtype=torch.float64)
+    yes, no = logits.sigmoid().log(), (-logits).sigmoid().log()
+    assert torch.isclose(LOSSES["bce"](logits, targets), -(targets * yes + (1 - targets) * no).sum())
+    log_probs = logits - logits.exp().sum(-1, keepdim=True).log()
+    slow = -(log_probs[0, 0] * 1.0 + log_probs[0, 1] * 0.6) / 1.6 - log_probs[1, 1]
+    assert torch.isclose(LOSSES["cross_entropy"](logits, targets), slow)
+
+
+@pytest.mark.parametrize("loss", ["bce", "cross_entropy"])
+def test_vqa_has_either_loss(finetune_recipe, tmp_path, loss):
+    train(load(finetune_recipe("vqa", "vqa", steps=2, log_every=1, min_answer_count=1), [f"loss={loss}"]))
+    first = next(iter(read_metrics(tmp_path / "run")))
+    task = make_task(load(finetune_recipe("vqa", "vqa", min_answer_count=1)), CPU)
+    guessing = {"bce": math.log(2) * len(task.labels), "cross_entropy": math.log(len(task.labels))}
+    assert first["train/answers"] == pytest.approx(guessing[loss], rel=0.2)
 
 
 def test_vqa_learns_to_look(finetune_recipe, tmp_path, tiny_examples):

@@ -6,6 +6,7 @@ import pytest
 
 from vlmoe.config import ExamplesSource
 from vlmoe.data.readers import Example
+from vlmoe.errors import UserError
 
 
 def question(key: int, kind: str, answer: str) -> Example:
@@ -59,10 +60,19 @@ def test_the_page_has_the_newest_figure_of_each_start(tmp_path):
             ("majority", "accuracy", 25.0), ("pretrained", "accuracy/question_type/color", 61.0),
         ]
     ]  # fmt: skip
-    finetune_table.append(table, rows)
+    finetune_table.append(table, rows, "60 scenes")
     text = finetune_page.section(table)
     assert "| VQA accuracy | held-out scenes (val) | 55.0 |  | 30.0 | 25.0 |  |" in text
-    assert "| color | held-out scenes (val) | 61.0 |" in text and "vqa pretrained 9" in text
+    assert "| color | held-out scenes (val) | 61.0 |" in text and "vqa pretrained 9 (60 scenes)" in text
     table.write_text(table.read_text().replace("55.04", "many"))
     with pytest.raises(SystemExit, match=r"finetune.csv: .*many"):
         finetune_page.section(table)
+
+
+def test_the_table_says_which_scenes_were_trained_on(tmp_path):
+    (tmp_path / "manifest.json").write_text('{"scenes": {"train": 9}, "layout": {"restyled": 0.5}}')
+    said = [f"data.examples.sources=[{{format: vqa, index: {tmp_path}/vqa/questions_train.json}}]"]
+    assert finetune_table.scenes_of(said) == "9 scenes, 0.5 restyled"
+    (tmp_path / "manifest.json").unlink()
+    with pytest.raises(UserError, match=r"data/scenes\.py"):
+        finetune_table.scenes_of(said)
