@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from vlmoe.nn.dispatch import order_slots
-from vlmoe.nn.kernels import top_k_softmax
+from vlmoe.nn.kernels import gate_logits, top_k_softmax
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class LinearGate(nn.Module):
         self.weight = nn.Parameter(nn.init.trunc_normal_(torch.empty(num_experts, dim), std=0.02))
 
     def forward(self, x: Float[Tensor, "rows dim"]) -> Float[Tensor, "rows experts"]:
-        return F.linear(x, self.weight.to(x.dtype))
+        return gate_logits(x, self.weight)
 
 
 class XMoEGate(nn.Module):
@@ -85,6 +85,7 @@ class XMoEGate(nn.Module):
         self.log_temperature = nn.Parameter(torch.tensor([0.3]).log())
 
     def forward(self, x: Float[Tensor, "rows dim"]) -> Float[Tensor, "rows experts"]:
+        x = _wide(x)
         projected = F.normalize(F.linear(x, self.projection.to(x.dtype)), dim=-1, eps=1e-6)
         cosine = F.linear(projected, F.normalize(self.embeddings.to(x.dtype), dim=-1))
         return cosine / self.log_temperature.to(x.dtype).exp()
@@ -103,6 +104,7 @@ class TorchscaleGate(nn.Module):
         self.embeddings = nn.Parameter(nn.init.orthogonal_(torch.empty(num_experts, 16), gain=0.32))
 
     def forward(self, x: Float[Tensor, "rows dim"]) -> Float[Tensor, "rows experts"]:
+        x = _wide(x)
         embeddings = self.embeddings.to(x.dtype)
         rescaled = embeddings + (1.5 * F.normalize(embeddings, dim=-1) - embeddings).detach()
         return F.linear(F.linear(x, self.projection.to(x.dtype)), F.normalize(rescaled, dim=-1))
@@ -152,7 +154,7 @@ class TopKRouter(nn.Module):
 
     def forward(self, x: Float[Tensor, "rows dim"], is_padding: Bool[Tensor, " rows"] | None = None) -> Routing:
         with torch.autocast(x.device.type, enabled=False):
-            logits = self.gate(x if x.dtype == torch.float64 else x.float())
+            logits = self.gate(x)
             weights, expert_ids = top_k_softmax(logits, self.top_k)
             if self.normalize_weights:
                 weights = weights / weights.sum(-1, keepdim=True)
@@ -162,6 +164,10 @@ class TopKRouter(nn.Module):
         if kept is not None:
             weights = torch.where(kept, weights, 0)
         return Routing(logits, weights, expert_ids, kept, is_padding)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def _within_capacity(expert_ids: Tensor, num_experts: int, capacity_factor: float, is_real: Tensor | None) -> Tensor:

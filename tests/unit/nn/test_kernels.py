@@ -126,6 +126,26 @@ def test_routing_is_top_k_and_a_stable_sort(rows: int, E: int, top_k: int) -> No
 
 
 @interpreted
+@pytest.mark.parametrize("rows, dim, E", [(150, 48, 5), (9, 192, 32), (70, 112, 20), (0, 16, 3)])
+def test_the_gate_is_a_product_in_float32(rows: int, dim: int, E: int) -> None:
+    from vlmoe.nn.kernels import ops
+
+    torch.manual_seed(rows)
+    x, weight, grad = torch.randn(rows, dim).half(), torch.randn(E, dim) * 0.02, torch.randn(rows, E)
+    fast_x, fast_weight = x.clone().requires_grad_(), weight.clone().requires_grad_()
+    logits = ops.gate_logits(fast_x, fast_weight)
+    logits.backward(grad)
+    slow_x, slow_weight = x.double().requires_grad_(), weight.double().requires_grad_()
+    want = F.linear(slow_x, slow_weight)
+    want.backward(grad.double())
+    assert fast_x.grad is not None and slow_x.grad is not None and fast_x.grad.dtype == x.dtype
+    assert fast_weight.grad is not None and slow_weight.grad is not None
+    assert (logits - want).norm() <= 1e-5 * want.norm()  # parts of float16, which is narrower than bfloat16
+    assert (fast_weight.grad - slow_weight.grad).norm() <= 1e-5 * slow_weight.grad.norm()
+    assert (fast_x.grad - slow_x.grad).norm() <= 1e-3 * slow_x.grad.norm()  # rounded to 16 bits
+
+
+@interpreted
 @pytest.mark.parametrize("compiled", [False, True])
 def test_autocast_checkpointing_and_one_graph(compiled: bool) -> None:
     from torch.utils.checkpoint import checkpoint

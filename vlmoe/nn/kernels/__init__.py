@@ -9,6 +9,7 @@ import os
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from vlmoe.nn.experts import ExpertWeights
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
+LEAST_SHARED = 227 << 10  # bytes per block
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton then runs kernels on the CPU, slowly
 
 
@@ -48,7 +50,7 @@ def triton_problem(x: Float[Tensor, "rows dim"], hidden_dim: int) -> str | None:
         return "backend 'triton' needs the package triton; use backend 'grouped'"
     if not x.is_cuda and not INTERPRETED:
         return "backend 'triton' needs a GPU; use backend 'auto'"
-    if x.is_cuda and _shared_memory(x.device.index) < 227 << 10:
+    if x.is_cuda and _shared_memory(x.device.index) < LEAST_SHARED:
         return "backend 'triton' needs 227 KiB of shared memory per block (H100, H200, B200); use backend 'grouped'"
     if x.dtype not in (torch.bfloat16, torch.float16):
         return f"backend 'triton' cannot run {x.dtype}; use bfloat16 autocast, or backend 'grouped'"
@@ -57,6 +59,19 @@ def triton_problem(x: Float[Tensor, "rows dim"], hidden_dim: int) -> str | None:
     if hidden_dim % 16:
         return f"backend 'triton' needs a hidden_dim that is a multiple of 16, not {hidden_dim}; use 'grouped'"
     return None
+
+
+def gate_logits(x: Float[Tensor, "rows dim"], weight: Float[Tensor, "experts dim"]) -> Float[Tensor, "rows experts"]:
+    """`F.linear` in float32 (float64 for float64 x); for bfloat16 rows on a large GPU without their float32 copy."""
+    experts, dim = weight.shape
+    fits = dim % 16 == 0 and 64 <= dim <= 256 and experts <= (64 if dim <= 128 else 32)  # in shared memory
+    runs = x.is_cuda and x.dtype == torch.bfloat16 and HAS_TRITON and _shared_memory(x.device.index) >= LEAST_SHARED
+    if not (fits and runs):
+        x = x if x.dtype == torch.float64 else x.float()
+        return F.linear(x, weight.to(x.dtype))
+    from vlmoe.nn.kernels import ops
+
+    return ops.gate_logits(x, weight)
 
 
 def top_k_softmax(

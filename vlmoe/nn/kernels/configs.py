@@ -56,3 +56,8 @@ def weight_gradients_tile(dim: int) -> WeightTile:
     if dim <= 128:
         return WeightTile(128, 64, 4, 3)
     return WeightTile(128, 64, 8, 4) if dim <= 192 else WeightTile(128, 32, 8, 6)
+
+
+def gate_tile(dim: int) -> tuple[int, int]:
+    """Rows per step, and warps."""
+    return 64, 4 if dim <= 192 else 8

@@ -11,7 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
-from vlmoe.nn.kernels import configs, routing
+from vlmoe.nn.kernels import configs, gate, routing
 from vlmoe.nn.kernels import expert_mlp as forward_kernels
 from vlmoe.nn.kernels import expert_mlp_backward as backward_kernels
 
@@ -64,6 +64,58 @@ def _top_k_gradient(ctx: Any, dprobs: Tensor, dids: Tensor | None) -> tuple[Tens
 
 
 top_k_softmax.register_autograd(_top_k_gradient, setup_context=_save_top_k)
+
+
+@torch.library.custom_op("vlmoe::gate_logits", mutates_args=())
+def gate_logits(x: Tensor, weight: Tensor) -> Tensor:
+    """x [rows, dim] @ weight [experts, dim]^T in float32, for 16-bit x."""
+    x, weight = x.contiguous(), weight.contiguous()
+    rows, dim, E = len(x), x.shape[1], len(weight)
+    logits = _new_logits(x, weight)
+    block, warps = configs.gate_tile(dim)
+    programs = min(triton.cdiv(rows, block), 2 * _multiprocessors(x.device))
+    gate.gate_logits[(max(1, programs),)](
+        x, weight, logits, rows, E, **_widths(dim), EXPERTS=max(16, _power_of_two(E)), BLOCK=block, num_warps=warps
+    )
+    return logits
+
+
+@gate_logits.register_fake
+def _new_logits(x: Tensor, weight: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0], dtype=torch.float32)
+
+
+@torch.library.custom_op("vlmoe::gate_logits_backward", mutates_args=())
+def gate_logits_backward(dlogits: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of x and weight."""
+    dlogits, x, weight = dlogits.contiguous(), x.contiguous(), weight.contiguous()
+    rows, dim, E = len(x), x.shape[1], len(weight)
+    dx = torch.empty_like(x)
+    block, warps = configs.gate_tile(dim)
+    programs = max(1, min(triton.cdiv(rows, block), _multiprocessors(x.device)))
+    parts = dlogits.new_empty(programs, dim, E)
+    gate.gate_gradients[(programs,)](
+        x, weight, dlogits, dx, parts, rows, E, **_widths(dim), EXPERTS=max(16, _power_of_two(E)), BLOCK=block,
+        num_warps=warps,
+    )  # fmt: skip
+    return dx, parts.sum(0).t().to(weight.dtype, memory_format=torch.contiguous_format)
+
+
+@gate_logits_backward.register_fake
+def _(dlogits: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    return tuple(torch.empty_like(each, memory_format=torch.contiguous_format) for each in (x, weight))  # type: ignore
+
+
+def _save_gate(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _gate_gradient(ctx: Any, dlogits: Tensor) -> tuple[Tensor, Tensor]:
+    x, weight = ctx.saved_tensors
+    return gate_logits_backward(dlogits, x, weight)
+
+
+gate_logits.register_autograd(_gate_gradient, setup_context=_save_gate)
 
 
 @torch.library.custom_op("vlmoe::order_slots", mutates_args=())
@@ -185,6 +237,7 @@ def expert_mlp_backward(
                 part, total, tiles.expert, tiles.base, first, count, E,
                 SEGMENT=segment, PLACES=places, SIZE=size, BLOCK=block,
             )  # fmt: skip
+    del hiddens, gathered, parts  # before more is allocated
     gradients = [_sum_slots(dx_slots, expert_ids, E), dweights]
     gradients += [dw[0].to(x.dtype), dw[1].transpose(1, 2).to(x.dtype, memory_format=torch.contiguous_format)]
     gradients += [dw[2].to(x.dtype)] if w_gate is not None else []
@@ -243,7 +296,7 @@ def _cut(tiles: _Tiles, tile_bytes: int, programs: int, device: torch.device) ->
 
     Chunks are whole waves of tiles, and segments as many as fill one wave.
     """
-    wave = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+    wave = _multiprocessors(device)
     chunk = min(tiles.count, wave * max(1, configs.CHUNK_BYTES // (wave * tile_bytes)))
     segments = max(1, wave // programs)
     return chunk, triton.cdiv(chunk, segments), segments + min(len(tiles.base) - 1, chunk)
@@ -275,6 +328,10 @@ def _contiguous(
 def _row_block(E: int) -> tuple[int, int]:
     experts = _power_of_two(E)
     return max(1, 4096 // experts), experts
+
+
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
 def _power_of_two(n: int) -> int:
