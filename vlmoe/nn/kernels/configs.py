@@ -17,6 +17,12 @@ class WeightTile(NamedTuple):
     stages: int
 
 
+class HopperTile(NamedTuple):
+    block_n: int  # hidden columns per step
+    in_slots: int  # blocks of w_in in shared memory
+    out_slots: int  # of w_out
+
+
 class Split(NamedTuple):
     """A width as the sum of two powers of two, padded where it is none."""
 
@@ -56,6 +62,12 @@ def weight_gradients_tile(dim: int) -> WeightTile:
     if dim <= 128:
         return WeightTile(128, 64, 4, 3)
     return WeightTile(128, 64, 8, 4) if dim <= 192 else WeightTile(128, 32, 8, 6)
+
+
+def hopper_row_gradients_tile(dim: int, hidden: int) -> HopperTile | None:
+    """For the kernel of `hopper`, whose tiles have 128 slots; None: it does not run these widths."""
+    tiles = {128: HopperTile(64, 3, 3), 192: HopperTile(64, 2, 2), 256: HopperTile(32, 3, 2)}
+    return None if hidden % 64 else tiles.get(dim)
 
 
 def gate_tile(dim: int) -> tuple[int, int]:

@@ -192,11 +192,12 @@ def reduce_segments(
 
 
 @triton.jit
-def sum_tiles(parts, out, tile_base, DIM: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
-    """out[expert] = sum over its tiles of parts[tile]."""
+def sum_tiles(parts, out, tile_base, DIM: tl.constexpr, PER_TILE: tl.constexpr, BLOCK: tl.constexpr,
+              WIDTH: tl.constexpr):  # fmt: skip
+    """out[expert] = sum over its tiles of the PER_TILE rows of parts that each has."""
     expert = tl.program_id(0)
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
-    low, high = tl.load(tile_base + expert), tl.load(tile_base + expert + 1)
+    low, high = tl.load(tile_base + expert) * PER_TILE, tl.load(tile_base + expert + 1) * PER_TILE
     acc = tl.zeros([BLOCK, WIDTH], tl.float32)
     for first in range(low, high, BLOCK):
         tile = first + tl.arange(0, BLOCK)

@@ -5,6 +5,7 @@
 Axes: `rows` of width `dim` with `top_k` slots each; `slots` = rows * top_k; `experts`; `hidden`.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from torch import Tensor
 from vlmoe.nn.kernels import configs, gate, routing
 from vlmoe.nn.kernels import expert_mlp as forward_kernels
 from vlmoe.nn.kernels import expert_mlp_backward as backward_kernels
+
+GLUON_TRITON = "3.6."  # add another when tests/gpu passed on it
 
 
 @torch.library.custom_op("vlmoe::top_k_softmax", mutates_args=())
@@ -205,6 +208,7 @@ def expert_mlp_backward(
     bias, matrices, slots = b_in is not None, 2 if w_gate is None else 3, expert_ids.numel()
     shape = {"HIDDEN": hidden, **_widths(dim)}
     by_row, by_weight = configs.row_gradients_tile(dim, w_gate is not None), configs.weight_gradients_tile(dim)
+    hopper_tile = _hopper_tile(x, bank, hidden, bias, activation)
     tiles = _Tiles(ends, slots, by_row.block_m)
     blocks = triton.cdiv(hidden, by_weight.block_f)
     chunk, segment, places = _cut(
@@ -216,16 +220,23 @@ def expert_mlp_backward(
     hiddens, gathered = x.new_empty(matrices, chunk_rows, hidden), x.new_empty(2, chunk_rows, dim)
     parts, dw = weights.new_empty(matrices, places, hidden, dim), weights.new_zeros(matrices, E, hidden, dim)
     bias_parts, db = weights.new_empty(matrices, places, hidden), weights.new_zeros(matrices, E, hidden)
-    db_out_parts = weights.new_empty(tiles.count if bias else 0, dim)
+    db_parts_per_tile = 1 if hopper_tile is None else 2
+    db_out_parts = weights.new_empty(tiles.count * db_parts_per_tile if bias else 0, dim)
     for first in range(0, tiles.count, chunk):
         count = min(chunk, tiles.count - first)
         at = (ends, tiles.expert, tiles.place)
-        backward_kernels.row_gradients[(count,)](
-            x, dy, order, *at, weights, *bank, dx_slots, dweights, hiddens, gathered, db_out_parts, first, E,
-            chunk_rows,
-            TOP_K=expert_ids.shape[1], **shape, BIAS=bias, ACTIVATION=activation, BLOCK_M=by_row.block_m,
-            BLOCK_N=by_row.block_n, STAGES=by_row.stages, num_warps=by_row.warps,
-        )  # fmt: skip
+        if hopper_tile is not None:
+            _hopper().launch_row_gradients(
+                hopper_tile, x, dy, order, *at, weights, bank, dx_slots, dweights, hiddens, gathered, db_out_parts,
+                first, count, expert_ids.shape[1], bias, activation,
+            )  # fmt: skip
+        else:
+            backward_kernels.row_gradients[(count,)](
+                x, dy, order, *at, weights, *bank, dx_slots, dweights, hiddens, gathered, db_out_parts, first, E,
+                chunk_rows,
+                TOP_K=expert_ids.shape[1], **shape, BIAS=bias, ACTIVATION=activation, BLOCK_M=by_row.block_m,
+                BLOCK_N=by_row.block_n, STAGES=by_row.stages, num_warps=by_row.warps,
+            )  # fmt: skip
         backward_kernels.weight_gradients[(blocks, matrices, triton.cdiv(count, segment))](
             hiddens, gathered, *at, parts, bias_parts, first, count, E, chunk_rows,
             SEGMENT=segment, PLACES=places, **shape, BIAS=bias, BLOCK_M=by_row.block_m, BLOCK_F=by_weight.block_f,
@@ -243,7 +254,9 @@ def expert_mlp_backward(
     gradients += [dw[2].to(x.dtype)] if w_gate is not None else []
     if bias:
         db_out = x.new_empty(E, dim)
-        backward_kernels.sum_tiles[(E, triton.cdiv(dim, 64))](db_out_parts, db_out, tiles.base, dim, 16, 64)
+        backward_kernels.sum_tiles[(E, triton.cdiv(dim, 64))](
+            db_out_parts, db_out, tiles.base, dim, db_parts_per_tile, 16, 64
+        )
         gradients += [db[0].to(x.dtype), db_out]
         gradients += [db[2].to(x.dtype)] if w_gate is not None else []
     return gradients
@@ -328,6 +341,24 @@ def _contiguous(
 def _row_block(E: int) -> tuple[int, int]:
     experts = _power_of_two(E)
     return max(1, 4096 // experts), experts
+
+
+def _hopper_tile(x: Tensor, bank: list[Tensor], hidden: int, bias: bool, activation: str) -> configs.HopperTile | None:
+    """For the row gradients of `hopper`; None: they cannot run here, or never ran so."""
+    ran = x.dtype == torch.bfloat16 and bias and activation == "gelu"
+    if not ran or not x.is_cuda or _hopper() is None or any(each.data_ptr() % 16 for each in bank):
+        return None
+    return configs.hopper_row_gradients_tile(x.shape[1], hidden)
+
+
+@functools.cache
+def _hopper() -> Any:
+    """The kernels in Gluon, or None: no Hopper GPU, or another Triton than they ran on, as Gluon is not stable yet."""
+    if torch.cuda.get_device_capability() != (9, 0) or not triton.__version__.startswith(GLUON_TRITON):
+        return None
+    from vlmoe.nn.kernels import hopper
+
+    return hopper
 
 
 def _multiprocessors(device: torch.device) -> int:
