@@ -6,7 +6,10 @@ slots is two halves of 64, one per warpgroup: while one is at its activation, th
 Axes as there; D1 + D2 = dim.
 """
 
+from collections.abc import Callable
+
 import torch
+from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -20,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from vlmoe.nn.kernels.activations import activate_with_slope
-from vlmoe.nn.kernels.configs import split_width
+from vlmoe.nn.kernels.configs import HopperTile, split_width
 
 barrier = getattr(gl, "thread_barrier", None) or gl.barrier  # its name in Triton 3.6, and in 3.8
 HALF_ROWS = gl.constexpr(64)  # rows of a warpgroup's product
@@ -206,7 +209,7 @@ def multiply(
     tma.store_wait(0)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["first_tile", "num_tiles"])
 def row_gradients(
     x, dy, slots, ends, tile_expert, tile_place, weights, b_in, b_out,
     in_desc1, in_desc2, out_desc1, out_desc2, stores,
@@ -264,27 +267,34 @@ def row_gradients(
     )  # fmt: skip
 
 
-def launch_row_gradients(
-    tile, x, dy, slots, ends, tile_expert, tile_place, weights, bank, dx, dweights, hiddens, gathered, db_parts,
-    first_tile, num_tiles, top_k, bias, activation,
-):  # fmt: skip
-    """`row_gradients` for the tiles of one chunk, one program per multiprocessor. `bank` in the other kernels' order."""
+def describe(matrix: Tensor, block: list[int]) -> TensorDescriptor:
+    """All rows of a [.., rows, columns] tensor, for copies of `block`."""
+    layout = gl.NVMMASharedLayout.get_default_for(block, DTYPES[matrix.dtype])
+    return TensorDescriptor.from_tensor(matrix.view(-1, matrix.shape[-1]), block, layout)
+
+
+def row_gradients_launcher(
+    tile: HopperTile, x, dy, slots, ends, tile_expert, tile_place, weights, bank, dx, dweights, hiddens, gathered,
+    db_parts, top_k: int, bias: bool, activation: str,
+) -> Callable[[int, int], None]:  # fmt: skip
+    """Of `row_gradients` for a chunk's first tile and number of tiles, one program per multiprocessor.
+
+    `bank` in the other kernels' order. Descriptors cost the host more than a launch, so they are made once.
+    """
     w_in, w_out, _, b_in, b_out, _ = bank
     E, hidden, dim = w_in.shape
     first, second = split_width(dim)
-    half = HALF_ROWS.value
-    n = tile.block_n
-
-    def describe(matrix, block):
-        layout = gl.NVMMASharedLayout.get_default_for(block, DTYPES[matrix.dtype])
-        return TensorDescriptor.from_tensor(matrix.view(-1, matrix.shape[-1]), block, layout)
-
-    widths = (first, second or first)
+    n, widths = tile.block_n, (first, second or first)
     descriptors = [describe(w_in, [n, width]) for width in widths] + [describe(w_out, [width, n]) for width in widths]
-    programs = min(num_tiles, torch.cuda.get_device_properties(x.device).multi_processor_count)
-    row_gradients[(programs,)](
-        x, dy, slots, ends, tile_expert, tile_place, weights, b_in, b_out, *descriptors, describe(hiddens, [half, n]),
-        dx, dweights, gathered, db_parts, first_tile, num_tiles, E, hiddens.shape[1],
-        TOP_K=top_k, DIM=dim, HIDDEN=hidden, D1=first, D2=second, BIAS=bias, ACTIVATION=activation, BLOCK_N=n,
-        IN_SLOTS=tile.in_slots, OUT_SLOTS=tile.out_slots, REGISTERS=240, num_warps=4,
-    )  # fmt: skip
+    descriptors.append(describe(hiddens, [HALF_ROWS.value, n]))
+    programs = torch.cuda.get_device_properties(x.device).multi_processor_count
+
+    def launch(first_tile: int, num_tiles: int) -> None:
+        row_gradients[(min(num_tiles, programs),)](
+            x, dy, slots, ends, tile_expert, tile_place, weights, b_in, b_out, *descriptors,
+            dx, dweights, gathered, db_parts, first_tile, num_tiles, E, hiddens.shape[1],
+            TOP_K=top_k, DIM=dim, HIDDEN=hidden, D1=first, D2=second, BIAS=bias, ACTIVATION=activation, BLOCK_N=n,
+            IN_SLOTS=tile.in_slots, OUT_SLOTS=tile.out_slots, REGISTERS=240, num_warps=4,
+        )  # fmt: skip
+
+    return launch

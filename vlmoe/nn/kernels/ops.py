@@ -216,49 +216,51 @@ def expert_mlp_backward(
     )
 
     dx_slots, dweights = x.new_empty(slots, dim), torch.zeros_like(weights)
-    chunk_rows = chunk * by_row.block_m
+    chunk_rows, size = chunk * by_row.block_m, hidden * dim
     hiddens, gathered = x.new_empty(matrices, chunk_rows, hidden), x.new_empty(2, chunk_rows, dim)
-    parts, dw = weights.new_empty(matrices, places, hidden, dim), weights.new_zeros(matrices, E, hidden, dim)
-    bias_parts, db = weights.new_empty(matrices, places, hidden), weights.new_zeros(matrices, E, hidden)
+    parts, dw = weights.new_empty(matrices, places, size + hidden), weights.new_zeros(matrices, E, size + hidden)
     db_parts_per_tile = 1 if hopper_tile is None else 2
     db_out_parts = weights.new_empty(tiles.count * db_parts_per_tile if bias else 0, dim)
+    at = (ends, tiles.expert, tiles.place)
+
+    def launch_row_gradients(first: int, count: int) -> None:
+        backward_kernels.row_gradients[(count,)](
+            x, dy, order, *at, weights, *bank, dx_slots, dweights, hiddens, gathered, db_out_parts, first, E,
+            chunk_rows,
+            TOP_K=expert_ids.shape[1], **shape, BIAS=bias, ACTIVATION=activation, BLOCK_M=by_row.block_m,
+            BLOCK_N=by_row.block_n, STAGES=by_row.stages, num_warps=by_row.warps,
+        )  # fmt: skip
+
+    if hopper_tile is not None:
+        launch_row_gradients = _hopper().row_gradients_launcher(
+            hopper_tile, x, dy, order, *at, weights, bank, dx_slots, dweights, hiddens, gathered, db_out_parts,
+            expert_ids.shape[1], bias, activation,
+        )  # fmt: skip
     for first in range(0, tiles.count, chunk):
         count = min(chunk, tiles.count - first)
-        at = (ends, tiles.expert, tiles.place)
-        if hopper_tile is not None:
-            _hopper().launch_row_gradients(
-                hopper_tile, x, dy, order, *at, weights, bank, dx_slots, dweights, hiddens, gathered, db_out_parts,
-                first, count, expert_ids.shape[1], bias, activation,
-            )  # fmt: skip
-        else:
-            backward_kernels.row_gradients[(count,)](
-                x, dy, order, *at, weights, *bank, dx_slots, dweights, hiddens, gathered, db_out_parts, first, E,
-                chunk_rows,
-                TOP_K=expert_ids.shape[1], **shape, BIAS=bias, ACTIVATION=activation, BLOCK_M=by_row.block_m,
-                BLOCK_N=by_row.block_n, STAGES=by_row.stages, num_warps=by_row.warps,
-            )  # fmt: skip
+        launch_row_gradients(first, count)
         backward_kernels.weight_gradients[(blocks, matrices, triton.cdiv(count, segment))](
-            hiddens, gathered, *at, parts, bias_parts, first, count, E, chunk_rows,
+            hiddens, gathered, *at, parts, first, count, E, chunk_rows,
             SEGMENT=segment, PLACES=places, **shape, BIAS=bias, BLOCK_M=by_row.block_m, BLOCK_F=by_weight.block_f,
             BLOCK_K=by_weight.block_k, STAGES=by_weight.stages, num_warps=by_weight.warps,
         )  # fmt: skip
-        for part, total, size in ((parts, dw, hidden * dim), (bias_parts, db, hidden))[: 1 + bias]:
-            block = min(4096, _power_of_two(size))
-            backward_kernels.reduce_segments[(triton.cdiv(size, block), E, matrices)](
-                part, total, tiles.expert, tiles.base, first, count, E,
-                SEGMENT=segment, PLACES=places, SIZE=size, BLOCK=block,
-            )  # fmt: skip
-    del hiddens, gathered, parts  # before more is allocated
+        backward_kernels.reduce_segments[(triton.cdiv(size + hidden, 4096), E, matrices)](
+            parts, dw, tiles.expert, tiles.base, first, count, E,
+            SEGMENT=segment, PLACES=places, SIZE=size + hidden if bias else size, STRIDE=size + hidden, BLOCK=4096,
+        )  # fmt: skip
+    del hiddens, gathered, parts, launch_row_gradients  # before more is allocated
+    dw, db = dw[:, :, :size].view(matrices, E, hidden, dim), dw[:, :, size:]
     gradients = [_sum_slots(dx_slots, expert_ids, E), dweights]
-    gradients += [dw[0].to(x.dtype), dw[1].transpose(1, 2).to(x.dtype, memory_format=torch.contiguous_format)]
-    gradients += [dw[2].to(x.dtype)] if w_gate is not None else []
+    narrow = functools.partial(Tensor.to, dtype=x.dtype, memory_format=torch.contiguous_format)
+    gradients += [narrow(dw[0]), narrow(dw[1].transpose(1, 2))]
+    gradients += [narrow(dw[2])] if w_gate is not None else []
     if bias:
         db_out = x.new_empty(E, dim)
         backward_kernels.sum_tiles[(E, triton.cdiv(dim, 64))](
             db_out_parts, db_out, tiles.base, dim, db_parts_per_tile, 16, 64
         )
-        gradients += [db[0].to(x.dtype), db_out]
-        gradients += [db[2].to(x.dtype)] if w_gate is not None else []
+        gradients += [narrow(db[0]), db_out]
+        gradients += [narrow(db[2])] if w_gate is not None else []
     return gradients
 
 
