@@ -273,6 +273,14 @@ def describe(matrix: Tensor, block: list[int]) -> TensorDescriptor:
     return TensorDescriptor.from_tensor(matrix.view(-1, matrix.shape[-1]), block, layout)
 
 
+def describe_weights(w_in: Tensor, w_out: Tensor, block_n: int) -> list[TensorDescriptor]:
+    """For `stream_weights`; the second of each is not used where dim is a power of two."""
+    first, second = split_width(w_in.shape[2])
+    widths = (first, second or first)
+    described = [describe(w_in, [block_n, width]) for width in widths]
+    return described + [describe(w_out, [width, block_n]) for width in widths]
+
+
 def row_gradients_launcher(
     tile: HopperTile, x, dy, slots, ends, tile_expert, tile_place, weights, bank, dx, dweights, hiddens, gathered,
     db_parts, top_k: int, bias: bool, activation: str,
@@ -284,9 +292,8 @@ def row_gradients_launcher(
     w_in, w_out, _, b_in, b_out, _ = bank
     E, hidden, dim = w_in.shape
     first, second = split_width(dim)
-    n, widths = tile.block_n, (first, second or first)
-    descriptors = [describe(w_in, [n, width]) for width in widths] + [describe(w_out, [width, n]) for width in widths]
-    descriptors.append(describe(hiddens, [HALF_ROWS.value, n]))
+    n = tile.block_n
+    descriptors = [*describe_weights(w_in, w_out, n), describe(hiddens, [HALF_ROWS.value, n])]
     programs = torch.cuda.get_device_properties(x.device).multi_processor_count
 
     def launch(first_tile: int, num_tiles: int) -> None:

@@ -6,6 +6,7 @@ Axes: `rows` of width `dim` with `top_k` slots each; `slots` = rows * top_k; `ex
 """
 
 import functools
+import importlib
 from typing import Any
 
 import torch
@@ -169,14 +170,19 @@ def expert_mlp(
     x, expert_ids, weights = x.contiguous(), expert_ids.contiguous(), weights.contiguous()
     bank = _contiguous(w_in, w_out, w_gate, b_in, b_out, b_gate)
     E, hidden, dim = w_in.shape
-    tile = configs.forward_tile(dim, w_gate is not None)
+    tile, bias, top_k = configs.forward_tile(dim, w_gate is not None), b_in is not None, expert_ids.shape[1]
     tiles = _Tiles(ends, expert_ids.numel(), tile.block_m)
+    at = (order, ends, tiles.expert, tiles.place)
     y = x.new_empty(expert_ids.numel(), dim)
-    forward_kernels.forward[(tiles.count,)](
-        x, order, ends, tiles.expert, tiles.place, weights, *bank, y, E,
-        TOP_K=expert_ids.shape[1], HIDDEN=hidden, **_widths(dim), BIAS=b_in is not None, ACTIVATION=activation,
-        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, STAGES=tile.stages, num_warps=tile.warps,
-    )  # fmt: skip
+    hopper_tile = configs.hopper_forward_tile(dim, hidden)
+    if hopper_tile is not None and _runs_on_hopper(x, bank, bias, activation):
+        _hopper("hopper_forward").launch_forward(hopper_tile, x, *at, weights, bank, y, top_k, bias, activation)
+    else:
+        forward_kernels.forward[(tiles.count,)](
+            x, *at, weights, *bank, y, E,
+            TOP_K=top_k, HIDDEN=hidden, **_widths(dim), BIAS=bias, ACTIVATION=activation,
+            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, STAGES=tile.stages, num_warps=tile.warps,
+        )  # fmt: skip
     return _sum_slots(y, expert_ids, E)
 
 
@@ -208,7 +214,8 @@ def expert_mlp_backward(
     bias, matrices, slots = b_in is not None, 2 if w_gate is None else 3, expert_ids.numel()
     shape = {"HIDDEN": hidden, **_widths(dim)}
     by_row, by_weight = configs.row_gradients_tile(dim, w_gate is not None), configs.weight_gradients_tile(dim)
-    hopper_tile = _hopper_tile(x, bank, hidden, bias, activation)
+    runs_on_hopper = _runs_on_hopper(x, bank, bias, activation)
+    hopper_tile = configs.hopper_row_gradients_tile(dim, hidden) if runs_on_hopper else None
     tiles = _Tiles(ends, slots, by_row.block_m)
     blocks = triton.cdiv(hidden, by_weight.block_f)
     chunk, segment, places = _cut(
@@ -232,7 +239,7 @@ def expert_mlp_backward(
         )  # fmt: skip
 
     if hopper_tile is not None:
-        launch_row_gradients = _hopper().row_gradients_launcher(
+        launch_row_gradients = _hopper("hopper").row_gradients_launcher(
             hopper_tile, x, dy, order, *at, weights, bank, dx_slots, dweights, hiddens, gathered, db_out_parts,
             expert_ids.shape[1], bias, activation,
         )  # fmt: skip
@@ -345,22 +352,20 @@ def _row_block(E: int) -> tuple[int, int]:
     return max(1, 4096 // experts), experts
 
 
-def _hopper_tile(x: Tensor, bank: list[Tensor], hidden: int, bias: bool, activation: str) -> configs.HopperTile | None:
-    """For the row gradients of `hopper`; None: they cannot run here, or never ran so."""
+def _runs_on_hopper(x: Tensor, bank: list[Tensor], bias: bool, activation: str) -> bool:
+    """Whether the kernels of `hopper` can run here, and ever ran so."""
     ran = x.dtype == torch.bfloat16 and bias and activation == "gelu"
-    if not ran or not x.is_cuda or _hopper() is None or any(each.data_ptr() % 16 for each in bank):
-        return None
-    return configs.hopper_row_gradients_tile(x.shape[1], hidden)
+    return ran and x.is_cuda and _has_hopper() and all(each.data_ptr() % 16 == 0 for each in bank)
 
 
 @functools.cache
-def _hopper() -> Any:
-    """The kernels in Gluon, or None: no Hopper GPU, or another Triton than they ran on, as Gluon is not stable yet."""
-    if torch.cuda.get_device_capability() != (9, 0) or not triton.__version__.startswith(GLUON_TRITON):
-        return None
-    from vlmoe.nn.kernels import hopper
+def _has_hopper() -> bool:
+    """A Hopper GPU, and the Triton that the kernels in Gluon ran on: Gluon is not stable yet."""
+    return torch.cuda.get_device_capability() == (9, 0) and triton.__version__.startswith(GLUON_TRITON)
 
-    return hopper
+
+def _hopper(module: str) -> Any:
+    return importlib.import_module(f"vlmoe.nn.kernels.{module}")  # not at the top: it needs Gluon
 
 
 def _multiprocessors(device: torch.device) -> int:
