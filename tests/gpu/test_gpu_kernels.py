@@ -84,6 +84,9 @@ CASES = [
     {"rows": 3000, "dim": 336, "hidden": 208, "E": 8, "top_k": 3},
     {"rows": 40_000, "dim": 192, "hidden": 1152, "E": 32, "top_k": 2, "skew": 0.01},
     {"rows": 1, "dim": 64, "hidden": 64, "E": 32, "top_k": 2},
+    {"rows": 130, "dim": 128, "hidden": 64, "E": 3, "top_k": 1, "padding": 0.5},
+    {"rows": 999, "dim": 256, "hidden": 192, "E": 7, "top_k": 3},
+    {"rows": 20_001, "dim": 192, "hidden": 128, "E": 1, "top_k": 1},
 ]
 
 
@@ -188,3 +191,28 @@ def test_routing_equals_topk_and_stable_argsort(rows, E, top_k):
     kept = int((flat < E).sum())
     assert torch.equal(order[:kept].long(), flat.argsort(stable=True)[:kept])
     assert torch.equal(ends.long(), flat.bincount(minlength=E + 1)[:E].cumsum(0))
+
+
+@pytest.mark.parametrize(
+    "rows, dim, E", [(262_144, 192, 32), (4099, 256, 32), (4097, 128, 7), (3000, 112, 33), (70, 64, 64), (1, 384, 64)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gate_is_a_product_in_float32(rows, dim, E, dtype):
+    from vlmoe.nn.kernels import gate_logits
+
+    x = torch.randn(rows, dim, device="cuda").bfloat16()
+    weight = (torch.randn(E, dim, device="cuda") * 0.02).to(dtype)
+    grad = torch.randn(rows, E, device="cuda")
+    fast = [t.clone().requires_grad_() for t in (x, weight)]
+    slow = [t.double().requires_grad_() for t in (x, weight)]
+    logits, want = gate_logits(*fast), F.linear(*slow)
+    logits.backward(grad)
+    want.backward(grad.double())
+    assert logits.dtype == torch.float32
+    assert error(logits, want) <= 1e-6
+    top = want.sort(descending=True).values
+    settled = top[:, 1] - top[:, 2] > 1e-5  # the others are decided by rounding
+    assert torch.equal(logits.topk(2).indices[settled].sort().values, want.topk(2).indices[settled].sort().values)
+    for ours, right in zip(fast, slow, strict=True):
+        assert ours.grad.dtype == ours.dtype
+        assert error(ours.grad, right.grad) <= 1.01 * error(right.grad.to(ours.dtype), right.grad) + 2e-5
