@@ -6,7 +6,6 @@ Axes: `rows` of width `dim` with `top_k` slots each; `slots` = rows * top_k; `ex
 """
 
 import functools
-import importlib
 from typing import Any
 
 import torch
@@ -170,19 +169,14 @@ def expert_mlp(
     x, expert_ids, weights = x.contiguous(), expert_ids.contiguous(), weights.contiguous()
     bank = _contiguous(w_in, w_out, w_gate, b_in, b_out, b_gate)
     E, hidden, dim = w_in.shape
-    tile, bias, top_k = configs.forward_tile(dim, w_gate is not None), b_in is not None, expert_ids.shape[1]
+    tile = configs.forward_tile(dim, w_gate is not None)
     tiles = _Tiles(ends, expert_ids.numel(), tile.block_m)
-    at = (order, ends, tiles.expert, tiles.place)
     y = x.new_empty(expert_ids.numel(), dim)
-    hopper_tile = configs.hopper_forward_tile(dim, hidden)
-    if hopper_tile is not None and _runs_on_hopper(x, bank, bias, activation):
-        _hopper("hopper_forward").launch_forward(hopper_tile, x, *at, weights, bank, y, top_k, bias, activation)
-    else:
-        forward_kernels.forward[(tiles.count,)](
-            x, *at, weights, *bank, y, E,
-            TOP_K=top_k, HIDDEN=hidden, **_widths(dim), BIAS=bias, ACTIVATION=activation,
-            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, STAGES=tile.stages, num_warps=tile.warps,
-        )  # fmt: skip
+    forward_kernels.forward[(tiles.count,)](
+        x, order, ends, tiles.expert, tiles.place, weights, *bank, y, E,
+        TOP_K=expert_ids.shape[1], HIDDEN=hidden, **_widths(dim), BIAS=b_in is not None, ACTIVATION=activation,
+        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, STAGES=tile.stages, num_warps=tile.warps,
+    )  # fmt: skip
     return _sum_slots(y, expert_ids, E)
 
 
@@ -214,8 +208,7 @@ def expert_mlp_backward(
     bias, matrices, slots = b_in is not None, 2 if w_gate is None else 3, expert_ids.numel()
     shape = {"HIDDEN": hidden, **_widths(dim)}
     by_row, by_weight = configs.row_gradients_tile(dim, w_gate is not None), configs.weight_gradients_tile(dim)
-    runs_on_hopper = _runs_on_hopper(x, bank, bias, activation)
-    hopper_tile = configs.hopper_row_gradients_tile(dim, hidden) if runs_on_hopper else None
+    hopper_tile = _hopper_tile(x, bank, hidden, bias, activation)
     tiles = _Tiles(ends, slots, by_row.block_m)
     blocks = triton.cdiv(hidden, by_weight.block_f)
     chunk, segment, places = _cut(
@@ -223,51 +216,49 @@ def expert_mlp_backward(
     )
 
     dx_slots, dweights = x.new_empty(slots, dim), torch.zeros_like(weights)
-    chunk_rows, size = chunk * by_row.block_m, hidden * dim
+    chunk_rows = chunk * by_row.block_m
     hiddens, gathered = x.new_empty(matrices, chunk_rows, hidden), x.new_empty(2, chunk_rows, dim)
-    parts, dw = weights.new_empty(matrices, places, size + hidden), weights.new_zeros(matrices, E, size + hidden)
+    parts, dw = weights.new_empty(matrices, places, hidden, dim), weights.new_zeros(matrices, E, hidden, dim)
+    bias_parts, db = weights.new_empty(matrices, places, hidden), weights.new_zeros(matrices, E, hidden)
     db_parts_per_tile = 1 if hopper_tile is None else 2
     db_out_parts = weights.new_empty(tiles.count * db_parts_per_tile if bias else 0, dim)
-    at = (ends, tiles.expert, tiles.place)
-
-    def launch_row_gradients(first: int, count: int) -> None:
-        backward_kernels.row_gradients[(count,)](
-            x, dy, order, *at, weights, *bank, dx_slots, dweights, hiddens, gathered, db_out_parts, first, E,
-            chunk_rows,
-            TOP_K=expert_ids.shape[1], **shape, BIAS=bias, ACTIVATION=activation, BLOCK_M=by_row.block_m,
-            BLOCK_N=by_row.block_n, STAGES=by_row.stages, num_warps=by_row.warps,
-        )  # fmt: skip
-
-    if hopper_tile is not None:
-        launch_row_gradients = _hopper("hopper").row_gradients_launcher(
-            hopper_tile, x, dy, order, *at, weights, bank, dx_slots, dweights, hiddens, gathered, db_out_parts,
-            expert_ids.shape[1], bias, activation,
-        )  # fmt: skip
     for first in range(0, tiles.count, chunk):
         count = min(chunk, tiles.count - first)
-        launch_row_gradients(first, count)
+        at = (ends, tiles.expert, tiles.place)
+        if hopper_tile is not None:
+            _hopper().launch_row_gradients(
+                hopper_tile, x, dy, order, *at, weights, bank, dx_slots, dweights, hiddens, gathered, db_out_parts,
+                first, count, expert_ids.shape[1], bias, activation,
+            )  # fmt: skip
+        else:
+            backward_kernels.row_gradients[(count,)](
+                x, dy, order, *at, weights, *bank, dx_slots, dweights, hiddens, gathered, db_out_parts, first, E,
+                chunk_rows,
+                TOP_K=expert_ids.shape[1], **shape, BIAS=bias, ACTIVATION=activation, BLOCK_M=by_row.block_m,
+                BLOCK_N=by_row.block_n, STAGES=by_row.stages, num_warps=by_row.warps,
+            )  # fmt: skip
         backward_kernels.weight_gradients[(blocks, matrices, triton.cdiv(count, segment))](
-            hiddens, gathered, *at, parts, first, count, E, chunk_rows,
+            hiddens, gathered, *at, parts, bias_parts, first, count, E, chunk_rows,
             SEGMENT=segment, PLACES=places, **shape, BIAS=bias, BLOCK_M=by_row.block_m, BLOCK_F=by_weight.block_f,
             BLOCK_K=by_weight.block_k, STAGES=by_weight.stages, num_warps=by_weight.warps,
         )  # fmt: skip
-        backward_kernels.reduce_segments[(triton.cdiv(size + hidden, 4096), E, matrices)](
-            parts, dw, tiles.expert, tiles.base, first, count, E,
-            SEGMENT=segment, PLACES=places, SIZE=size + hidden if bias else size, STRIDE=size + hidden, BLOCK=4096,
-        )  # fmt: skip
-    del hiddens, gathered, parts, launch_row_gradients  # before more is allocated
-    dw, db = dw[:, :, :size].view(matrices, E, hidden, dim), dw[:, :, size:]
+        for part, total, size in ((parts, dw, hidden * dim), (bias_parts, db, hidden))[: 1 + bias]:
+            block = min(4096, _power_of_two(size))
+            backward_kernels.reduce_segments[(triton.cdiv(size, block), E, matrices)](
+                part, total, tiles.expert, tiles.base, first, count, E,
+                SEGMENT=segment, PLACES=places, SIZE=size, BLOCK=block,
+            )  # fmt: skip
+    del hiddens, gathered, parts  # before more is allocated
     gradients = [_sum_slots(dx_slots, expert_ids, E), dweights]
-    narrow = functools.partial(Tensor.to, dtype=x.dtype, memory_format=torch.contiguous_format)
-    gradients += [narrow(dw[0]), narrow(dw[1].transpose(1, 2))]
-    gradients += [narrow(dw[2])] if w_gate is not None else []
+    gradients += [dw[0].to(x.dtype), dw[1].transpose(1, 2).to(x.dtype, memory_format=torch.contiguous_format)]
+    gradients += [dw[2].to(x.dtype)] if w_gate is not None else []
     if bias:
         db_out = x.new_empty(E, dim)
         backward_kernels.sum_tiles[(E, triton.cdiv(dim, 64))](
             db_out_parts, db_out, tiles.base, dim, db_parts_per_tile, 16, 64
         )
-        gradients += [narrow(db[0]), db_out]
-        gradients += [narrow(db[2])] if w_gate is not None else []
+        gradients += [db[0].to(x.dtype), db_out]
+        gradients += [db[2].to(x.dtype)] if w_gate is not None else []
     return gradients
 
 
@@ -352,20 +343,22 @@ def _row_block(E: int) -> tuple[int, int]:
     return max(1, 4096 // experts), experts
 
 
-def _runs_on_hopper(x: Tensor, bank: list[Tensor], bias: bool, activation: str) -> bool:
-    """Whether the kernels of `hopper` can run here, and ever ran so."""
+def _hopper_tile(x: Tensor, bank: list[Tensor], hidden: int, bias: bool, activation: str) -> configs.HopperTile | None:
+    """For the row gradients of `hopper`; None: they cannot run here, or never ran so."""
     ran = x.dtype == torch.bfloat16 and bias and activation == "gelu"
-    return ran and x.is_cuda and _has_hopper() and all(each.data_ptr() % 16 == 0 for each in bank)
+    if not ran or not x.is_cuda or _hopper() is None or any(each.data_ptr() % 16 for each in bank):
+        return None
+    return configs.hopper_row_gradients_tile(x.shape[1], hidden)
 
 
 @functools.cache
-def _has_hopper() -> bool:
-    """A Hopper GPU, and the Triton that the kernels in Gluon ran on: Gluon is not stable yet."""
-    return torch.cuda.get_device_capability() == (9, 0) and triton.__version__.startswith(GLUON_TRITON)
+def _hopper() -> Any:
+    """The kernels in Gluon, or None: no Hopper GPU, or another Triton than they ran on, as Gluon is not stable yet."""
+    if torch.cuda.get_device_capability() != (9, 0) or not triton.__version__.startswith(GLUON_TRITON):
+        return None
+    from vlmoe.nn.kernels import hopper
 
-
-def _hopper(module: str) -> Any:
-    return importlib.import_module(f"vlmoe.nn.kernels.{module}")  # not at the top: it needs Gluon
+    return hopper
 
 
 def _multiprocessors(device: torch.device) -> int:
