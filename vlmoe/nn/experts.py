@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from vlmoe.nn.dispatch import block_order, combine, dispatch, order_slots
 from vlmoe.nn.kernels import triton_experts, triton_problem
 
-FEW_SLOTS = 256  # per expert: below it one grouped product beats a loop on a CPU in float32
+FEW_SLOTS = 256  # per expert: below it one product for all beats a loop on a CPU
+NARROW = 128  # width of a row: below it that holds in bfloat16 for any number of slots
+BLOCK = 32  # rows; CPUs in 16 bits multiply multiples of it
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "swiglu": F.silu}
 
 
@@ -80,11 +82,19 @@ def loop_experts(
     bank: ExpertWeights,
     activation: str,
 ) -> Float[Tensor, "rows dim"]:
-    """Expert after expert, each on its own slots. Waits for the device to learn how many those are."""
+    """Expert after expert, each on its own slots. Waits for the device to learn how many those are.
+
+    On CPUs in 16 bits its slots are filled up to a multiple of 32: a product of a shape not seen before costs a compilation
+    in oneDNN, and with routing every expert would have a new one at every step. (Products of float32 are MKL's.)
+    """
     num_experts, act = len(bank.w_in), ACTIVATIONS[activation]
     order = order_slots(expert_ids, num_experts)
-    sizes = order.ends.diff(prepend=order.ends.new_zeros(1)).tolist()
-    *groups, tail = dispatch(x, order).split([*sizes, expert_ids.numel() - sum(sizes)])
+    sizes = order.ends.diff(prepend=order.ends.new_zeros(1))
+    if x.device.type == "cpu" and x.dtype.itemsize == 2 and expert_ids.numel():
+        order, _ = block_order(order, BLOCK)
+        sizes = ((sizes + BLOCK - 1) // BLOCK).clamp(min=1) * BLOCK
+    slots, sizes = dispatch(x, order), sizes.tolist()
+    *groups, tail = slots.split([*sizes, len(slots) - sum(sizes)])
     # unbind, not indexing: the gradient of w[e] would be E zero-filled banks
     per_expert = [[None] * num_experts if each is None else each.unbind() for each in bank]
     outputs = []
@@ -105,8 +115,7 @@ def batched_experts(
     """One batched product: over experts padded to the fullest one where that is near the mean, else over blocks of a
     quarter of the mean, with the weights copied to each block. Waits for the device to learn how many there are.
 
-    In bfloat16 this is the fast one on CPUs: a product of a shape not seen before costs a compilation in oneDNN, and with
-    routing every expert has a new shape at every step; here few shapes occur. (Products of float32 are MKL's.)
+    In bfloat16 this is the fast one on CPUs where products are small: few shapes occur, as in the padded loop, and few calls.
     """
     num_experts, act = len(bank.w_in), ACTIVATIONS[activation]
     if not expert_ids.numel():
@@ -114,7 +123,7 @@ def batched_experts(
     order = order_slots(expert_ids, num_experts)
     mean = expert_ids.numel() / num_experts
     fullest = int(order.ends.diff(prepend=order.ends.new_zeros(1)).max())
-    capacity = _multiple_of(32, fullest if fullest <= 1.4 * mean + 32 else mean / 4)
+    capacity = _multiple_of(BLOCK, fullest if fullest <= 1.4 * mean + 32 else mean / 4)
     order, block_experts = block_order(order, capacity)
     if len(block_experts) > num_experts:
         bank = bank._replace(
@@ -263,7 +272,9 @@ def fastest_backend(x: Tensor, hidden_dim: int, *, slots_per_expert: float) -> s
         return "triton" if x.shape[1] <= 256 and triton_problem(x, hidden_dim) is None else "grouped"
     if x.dtype == torch.float32:  # dynamo refuses grouped products of it
         return "grouped" if slots_per_expert < FEW_SLOTS and not is_compiling else "loop"
-    return "grouped" if is_compiling else "batched"
+    if is_compiling:
+        return "grouped"
+    return "batched" if slots_per_expert < FEW_SLOTS or x.shape[1] < NARROW else "loop"
 
 
 def _checked_backend(name: str) -> Backend:

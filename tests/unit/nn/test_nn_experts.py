@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vlmoe.nn import Experts, experts
 from vlmoe.nn.dispatch import order_slots
-from vlmoe.nn.experts import BACKENDS
+from vlmoe.nn.experts import BACKENDS, fastest_backend
 
 ON_CPU = [name for name in BACKENDS if name != "triton"]  # test_kernels.py has that one
 DIM, HIDDEN = 16, 24
@@ -192,6 +192,20 @@ def test_auto_takes_the_fast_backend_of_a_cpu(dtype: torch.dtype, backend: str) 
     inputs = (x.to(dtype), expert_ids, weights)
     bank = {name: value.to(dtype) for name, value in bank.items()}
     assert torch.equal(experts(*inputs, **bank), experts(*inputs, **bank, backend=backend))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "dim", "slots", "backend"),
+    [
+        (torch.float32, 96, 256, "loop"),
+        (torch.float32, 96, 255, "grouped"),
+        (torch.bfloat16, 128, 256, "loop"),
+        (torch.bfloat16, 128, 255, "batched"),
+        (torch.bfloat16, 96, 999, "batched"),
+    ],
+)
+def test_what_a_cpu_runs_fastest(dtype: torch.dtype, dim: int, slots: int, backend: str) -> None:
+    assert fastest_backend(torch.zeros(1, dim, dtype=dtype), 64, slots_per_expert=slots) == backend
 
 
 @pytest.mark.parametrize("autocast", [False, True])
