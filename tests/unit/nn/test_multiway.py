@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from vlmoe.nn.attention import Attention, plain_attention
-from vlmoe.nn.embed import TextEmbed, VisionEmbed, resize_positions
+from vlmoe.nn.embed import TextEmbed, VisionEmbed, project_patches, resize_positions
 from vlmoe.nn.ffn import FeedForward
 from vlmoe.nn.mhmoe import MHMoE
 from vlmoe.nn.multiway import PER_MODALITY, SHARED, Multiway, MultiwayFFN
@@ -106,6 +106,17 @@ def test_inputs_that_the_tables_do_not_cover():
         vision(torch.zeros(1, 3, 12, 12))
     with pytest.raises(ValueError, match="made for 3"):
         text(torch.zeros(1, 4, dtype=torch.long))
+
+
+def test_patches_as_a_product_are_those_of_the_convolution():
+    proj = torch.nn.Conv2d(3, 5, 4, 4).double()
+    image = torch.randn(2, 3, 12, 8, dtype=torch.float64).to(memory_format=torch.channels_last).requires_grad_()
+    product, convolution = project_patches(image, proj), proj(image).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(product, convolution)
+    probe, wrt = torch.randn_like(product), (image, proj.weight, proj.bias)
+    torch.testing.assert_close(
+        torch.autograd.grad((product * probe).sum(), wrt), torch.autograd.grad((convolution * probe).sum(), wrt)
+    )
 
 
 def test_masked_patches_say_nothing_of_their_pixels():
