@@ -94,7 +94,7 @@ class Model:
 
         def run(part: dict[str, Any]) -> list[list[Answer]]:
             logits = self._model(part["image"], part["text"], text_padding=part["text_padding"]).logits
-            return _best(logits.float().sigmoid(), task.labels, top_k)
+            return _best(task.expected_scores(logits.float()), task.labels, top_k)
 
         samples = (_sample(pictures[i % len(pictures)], [questions[i % len(questions)]]) for i in range(count))
         answers = self._over(samples, task, run)

@@ -38,6 +38,14 @@ def pictures(tiny_examples) -> list[Path]:
     return [tiny_examples.folder / "images" / f"{number:04}.png" for number in range(64, 80)]
 
 
+@pytest.mark.parametrize(("loss", "each"), [("cross_entropy", lambda count: 1 / count), ("bce", lambda count: 0.5)])
+def test_scores_of_answers_are_what_their_loss_made_of_logits(trained, pictures, loss, each):
+    """Those of a model that has learned nothing yet."""
+    model = vlmoe.load(trained("vqa", "vqa", min_answer_count=1, loss=loss, optim={"lr": 1e-9}), "cpu")
+    answers = model.answer(pictures[0], "a what", top_k=100)
+    assert [answer.score for answer in answers] == pytest.approx([each(len(answers))] * len(answers), rel=0.2)
+
+
 def test_answers_are_those_of_the_evaluation(trained, tiny_examples, pictures):
     run = trained("vqa", "vqa", min_answer_count=1)
     evaluate(run, [])

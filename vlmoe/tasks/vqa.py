@@ -121,6 +121,10 @@ class VQA:
     def after_step(self, model: nn.Module, states: list[Any]) -> None:
         pass
 
+    def expected_scores(self, logits: Float[Tensor, "questions answers"]) -> Float[Tensor, "questions answers"]:
+        """The accuracy that the model expects of each answer, 0 to 1, by what its loss made the logits mean."""
+        return logits.softmax(-1) if self.config.loss == "cross_entropy" else logits.sigmoid()
+
     def predict(self, model: nn.Module, inputs: Inputs) -> list[dict[str, Any]]:
         """One record per question: its row, and the answer of the highest score."""
         part = inputs["examples"]
