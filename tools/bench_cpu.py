@@ -73,5 +73,5 @@ def _time(module: nn.Module, x: Tensor, *, is_bf16: bool) -> float:
     y = y if isinstance(y, Tensor) else y[0]
     y.float().square().mean().backward()
     taken = time.perf_counter() - started
-    module.zero_grad(set_to_none=True)  # as training does: the next step then finds room, and adds to no older gradients
+    module.zero_grad()  # as training does: the next step then finds room, and adds to no older gradients
     return taken
