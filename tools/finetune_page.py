@@ -42,7 +42,15 @@ def section(path: Path) -> str:
     every = [(task, metric, name) for (task, metric), name in FIGURES.items()]
     lines = [ABOUT, *_table(every, found), "", "VQA by type of question, on val:", ""]
     lines += _table([("vqa", metric, metric.removeprefix(TYPE)) for metric in types], found, splits=("val",))
+    lines += ["", *_variants(found)]
     return "\n".join([*lines, "", f"Steps: {', '.join(said)}. {'; '.join(machines)}.", "", COMMAND])
+
+
+def _variants(found: dict[tuple[str, str, str, str], float]) -> Iterable[str]:
+    """Starts with a setting that is not the recipe's: a line each."""
+    for (task, metric, split, start), value in found.items():
+        if start not in STARTS and (task, metric) in FIGURES:
+            yield f"- {FIGURES[task, metric]} on {SPLITS[split]}, {start}: {value:.1f}"
 
 
 COMMAND = """Made by, from `finetune.csv`:

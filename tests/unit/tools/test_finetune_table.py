@@ -58,12 +58,14 @@ def test_the_page_has_the_newest_figure_of_each_start(tmp_path):
         for start, metric, value in [
             ("pretrained", "accuracy", 10.0), ("pretrained", "accuracy", 55.04), ("blind", "accuracy", 30.0),
             ("majority", "accuracy", 25.0), ("pretrained", "accuracy/question_type/color", 61.0),
+            ("pretrained, loss=bce", "accuracy", 44.0),
         ]
     ]  # fmt: skip
     finetune_table.append(table, rows, "60 scenes")
     text = finetune_page.section(table)
     assert "| VQA accuracy | held-out scenes (val) | 55.0 |  | 30.0 | 25.0 |  |" in text
     assert "| color | held-out scenes (val) | 61.0 |" in text and "vqa pretrained 9 (60 scenes)" in text
+    assert "- VQA accuracy on held-out scenes (val), pretrained, loss=bce: 44.0" in text
     table.write_text(table.read_text().replace("55.04", "many"))
     with pytest.raises(SystemExit, match=r"finetune.csv: .*many"):
         finetune_page.section(table)
