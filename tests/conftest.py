@@ -110,6 +110,14 @@ def trained_tokenizer(tokenizer_recipe: Path) -> Path:
     return Path(config.out)
 
 
+@pytest.fixture
+def broken_shard(tiny_world: TinyWorld, tmp_path: Path) -> Path:
+    """A shard none of whose pictures can be decoded."""
+    path = tmp_path / "broken.tar"
+    path.write_bytes((tiny_world.folder / "pairs-000000.tar").read_bytes().replace(b"\x89PNG", b"\x89BAD"))
+    return path
+
+
 @pytest.fixture(scope="session")
 def pretrain_recipe(tiny_world: TinyWorld, trained_tokenizer: Path) -> Path:
     """A two-layer MH-MoE on pairs and texts; a test sets `out`."""

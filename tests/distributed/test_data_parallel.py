@@ -13,8 +13,9 @@ from vlmoe.train.tracker import read_metrics
 from vlmoe.train.trainer import train
 
 
-def test_two_ranks_equal_one_process(pretrain_recipe: Path, tmp_path: Path):
-    changes = ["model.ffn.kind=dense", "model.drop_path=0", "steps=4", "eval_every=4"]
+def test_two_ranks_equal_one_process(pretrain_recipe: Path, tiny_world, broken_shard, tmp_path: Path):
+    changes = ["model.ffn.kind=dense", "model.drop_path=0", "steps=4", "eval_every=4", "data.max_bad_fraction=0.9"]
+    changes += [f"data.pairs.sources=[{{shards: {tiny_world.pairs}}}, {{shards: {broken_shard}}}]"]
     train(load(pretrain_recipe, [*changes, f"out={tmp_path / 'one'}"]))
     command = [
         sys.executable,
@@ -35,6 +36,7 @@ def test_two_ranks_equal_one_process(pretrain_recipe: Path, tmp_path: Path):
     for ours, theirs in zip(one, two, strict=True):
         timeless = {key for key in ours if key != "train/seconds" and "image_shuffled" not in key}
         assert {key: ours[key] for key in timeless} == pytest.approx({key: theirs[key] for key in timeless}, rel=1e-4)
+    assert any("bad_samples/undecodable image" in line for line in one)
     weights = [read_tensors(latest_checkpoint(tmp_path / name) / "model.safetensors") for name in ("one", "two")]
     for name, tensor in weights[0].items():
         assert (tensor - weights[1][name]).norm() <= 1e-3 * tensor.norm() + 1e-6, name

@@ -210,6 +210,11 @@ class BadSampleCounter:
         return {"seen": self.seen, "causes": dict(self.causes), "first": [list(each) for each in self.first]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.seen = state["seen"]
-        self.causes = Counter(state["causes"])
-        self.first = [BadSample(*each) for each in state["first"]]
+        self.seen, self.causes, self.first = 0, Counter(), []
+        self.merge(state)
+
+    def merge(self, state: Mapping[str, Any]) -> None:
+        """Add the counts of another one's `state_dict`."""
+        self.seen += state["seen"]
+        self.causes.update(state["causes"])
+        self.first = [*self.first, *(BadSample(*each) for each in state["first"])][:NAMES_KEPT]

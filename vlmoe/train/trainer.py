@@ -92,6 +92,8 @@ def _train(config: RunConfig, ranks: parallel.Ranks) -> Outcome:
     optimizer = make_optimizer(model, config.optim)
     bad = BadSampleCounter(config.data.max_bad_fraction)
     first = _resume(config, run, task, model, optimizer, bad)
+    if not ranks.is_main:  # the first rank goes on with the counts of all
+        bad = BadSampleCounter(config.data.max_bad_fraction)
     if config.compile:
         compile_blocks(model)
     streams, held_out = task.open_streams(), _open_held_out(config, task, ranks)
@@ -119,11 +121,12 @@ def _train(config: RunConfig, ranks: parallel.Ranks) -> Outcome:
             at_log, at_eval = step % config.log_every == 0, step % config.eval_every == 0 or step == config.steps
             at_save = step % config.checkpoint_every == 0 or is_last
             health.watch(found, step, look=at_log or at_eval or at_save or ranks.device.type == "cpu")
+            bad_anywhere = _on_all_ranks(bad) if at_log or at_save else bad
             if tracker and (at_log or is_last):
                 figures = {f"train/{name}": float(value) for name, value in found.items()}
                 figures |= {"train/lr": learning_rate(step - 1, config.steps, config.optim)}
                 figures |= {"train/seconds": time.monotonic() - started}
-                figures |= {f"bad_samples/{cause}": float(count) for cause, count in bad.causes.items()}
+                figures |= {f"bad_samples/{cause}": float(count) for cause, count in bad_anywhere.causes.items()}
                 tracker.log(step, figures)
                 tracker.progress(step, f"loss {float(found['loss']):.4f}")
             if at_eval:
@@ -133,7 +136,7 @@ def _train(config: RunConfig, ranks: parallel.Ranks) -> Outcome:
                     tracker.log(step, {f"eval/{name}": value for name, value in metrics.items()})
             if at_save and ranks.is_main:
                 state = {
-                    "bad_samples": bad.state_dict(),
+                    "bad_samples": bad_anywhere.state_dict(),
                     "versions": {"vlmoe": __version__, "torch": torch.__version__},
                 }
                 checkpoint.save(
@@ -254,6 +257,13 @@ def _check_backend(config: RunConfig, ranks: parallel.Ranks) -> None:
     if isinstance(model, ModelConfig):
         is_bf16 = precision(config, ranks.device) == "bf16"
         check_backend(model, ranks.device, torch.bfloat16 if is_bf16 else torch.float32)
+
+
+def _on_all_ranks(bad: BadSampleCounter) -> BadSampleCounter:
+    total = BadSampleCounter(bad.max_bad_fraction)
+    for state in parallel.gather_lists([bad.state_dict()]):
+        total.merge(state)
+    return total
 
 
 def _name(broken: Sequence[BadSample], before: Counter[str]) -> None:

@@ -19,14 +19,6 @@ from vlmoe.train.tracker import read_metrics
 from vlmoe.train.trainer import evaluate, train
 
 
-@pytest.fixture
-def broken_shard(tiny_world, tmp_path) -> Path:
-    """A shard none of whose pictures can be decoded."""
-    path = tmp_path / "broken.tar"
-    path.write_bytes((tiny_world.folder / "pairs-000000.tar").read_bytes().replace(b"\x89PNG", b"\x89BAD"))
-    return path
-
-
 def losses(run: Path) -> list[dict[str, float]]:
     return [{key: value for key, value in line.items() if key != "train/seconds"} for line in read_metrics(run)]
 
