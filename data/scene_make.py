@@ -38,7 +38,7 @@ def make_scene(world: World, split: str, index: int, seed: int, options: LayoutO
     """A picture with captions, questions and boxes."""
     rng = generator(seed, "scene", split, index)
     scene = draw_scene(world, split, index, rng, options)
-    image, background = render(world, scene, rng, plain=options.plain, restyled=options.restyled)
+    image, background = render(world, scene, rng, options)
     language, names = other_language(scene, rng)
     number = image_id(split, index)
     record = {
@@ -67,7 +67,7 @@ def make_pairs(world: World, split: str, set_number: int, seed: int, options: La
     for pair, rng in draw_pairs(world, split, set_number, seed, options):
         files, sides = {}, {}
         for side, scene in (("left", pair.left), ("right", pair.right)):
-            image, background = render(world, scene, rng, plain=options.plain, restyled=options.restyled)
+            image, background = render(world, scene, rng, options)
             files[f"{side}.jpg"] = encode(image)
             sides[side] = _about(world, scene, background)
         record = {

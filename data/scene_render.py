@@ -10,7 +10,7 @@ from random import Random
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
-from scene_layout import Scene, Thing
+from scene_layout import LayoutOptions, Scene, Thing
 from scene_restyle import restyle
 from scene_sprites import World
 
@@ -28,23 +28,18 @@ class Background:
     picture: int | None  # which picture of the bank it is a crop of
 
 
-def render(
-    world: World, scene: Scene, rng: Random, *, plain: bool = False, restyled: float = 0.0
-) -> tuple[Image.Image, Background]:
-    """A scene as an RGB picture, and the background it was given: the first that all things stand out from, or white.
-
-    `restyled` is the share of a training scene's things that are drawn in a made-up style (`scene_restyle`).
-    """
+def render(world: World, scene: Scene, rng: Random, options: LayoutOptions) -> tuple[Image.Image, Background]:
+    """A scene as an RGB picture, and the background it was given: the first that all things stand out from, or white."""
     sprites = [_sprite(world, thing) for thing in scene.things]
-    if restyled and scene.split == "train":
+    if options.restyled and scene.split == "train":
         lots = Random(str([(thing.picture, thing.box) for thing in scene.things]))
         sprites = [
-            restyle(sprite, lots, keep_color=thing.color is not None) if lots.random() < restyled else sprite
+            restyle(sprite, lots, keep_color=thing.color is not None) if lots.random() < options.restyled else sprite
             for thing, sprite in zip(scene.things, sprites, strict=True)
         ]
     best, best_contrast = None, -1.0
-    for _ in range(1 if plain else BACKGROUNDS):
-        background = _white(scene.size) if plain else draw_background(world, scene.split, scene.size, rng)
+    for _ in range(1 if options.plain else BACKGROUNDS):
+        background = _white(scene.size) if options.plain else draw_background(world, scene.split, scene.size, rng)
         contrast = min(
             _contrast(background.pixels, thing, sprite) for thing, sprite in zip(scene.things, sprites, strict=True)
         )

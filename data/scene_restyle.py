@@ -11,6 +11,7 @@ from random import Random
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
+from scene_sprites import visible_box
 
 Pixels = NDArray[np.floating]
 
@@ -43,7 +44,7 @@ def _turned(sprite: Pixels, degrees: float) -> Pixels:
     height, width = sprite.shape[:2]
     image = Image.fromarray(sprite.clip(0, 255).round().astype(np.uint8), "RGBa")
     turned = image.rotate(degrees, Image.Resampling.BILINEAR, expand=True)
-    box = turned.getchannel("a").point([0] * 24 + [255] * 232).getbbox()
+    box = visible_box(turned.getchannel("a"))
     return np.asarray(turned.resize((width, height), Image.Resampling.BICUBIC, box=box), np.float32)
 
 

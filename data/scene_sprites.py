@@ -48,8 +48,7 @@ class World:
         """A picture cut to its visible part, with premultiplied alpha (mode RGBa)."""
         if picture not in self._images:
             whole = self.bank.pictures[picture].image()
-            alpha = whole.getchannel("A").point([0] * VISIBLE + [255] * (256 - VISIBLE))
-            self._images[picture] = whole.crop(alpha.getbbox()).convert("RGBa")
+            self._images[picture] = whole.crop(visible_box(whole.getchannel("A"))).convert("RGBa")
         return self._images[picture]
 
     def color(self, picture: int) -> str | None:
@@ -93,6 +92,11 @@ class World:
 def build_world(bank: Bank, kinds: int | None = None, styles: int | None = None) -> World:
     """All kinds of a bank in all its styles, or so many of them."""
     return World(bank, build_vocabulary(bank, kinds, styles))
+
+
+def visible_box(alpha: Image.Image) -> tuple[int, int, int, int] | None:
+    """The box of a drawing's visible part (left, top, right, bottom); None where nothing is visible."""
+    return alpha.point([0] * VISIBLE + [255] * (256 - VISIBLE)).getbbox()
 
 
 def color_name(picture: Image.Image) -> str | None:

@@ -83,16 +83,18 @@ def index_shards(paths: Sequence[str]) -> list[ShardIndex]:
     Raises:
         UserError: a file cannot be read or is not an uncompressed tar file.
     """
-    pool: Executor = ThreadPoolExecutor(READERS)
-    if len(paths) >= MANY and sys.platform == "linux":
-        processes = min(READERS, len(os.sched_getaffinity(0)))
-        pool = ProcessPoolExecutor(processes, multiprocessing.get_context("fork"))
-    with pool:
+    with _readers(len(paths)) as pool:
         indexes = [*tqdm(pool.map(_index, paths), total=len(paths), desc="reading shard headers", delay=2)]
     for index in indexes:
         if index.truncated:
             _log.warning("%s is truncated: using the %d whole samples at its start", index.path, len(index))
     return indexes
+
+
+def _readers(files: int) -> Executor:
+    if files < MANY or sys.platform != "linux":
+        return ThreadPoolExecutor(READERS)
+    return ProcessPoolExecutor(min(READERS, len(os.sched_getaffinity(0))), multiprocessing.get_context("fork"))
 
 
 def _index(path: str) -> ShardIndex:

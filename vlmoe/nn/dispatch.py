@@ -21,6 +21,11 @@ class SlotOrder:
     expert_ids: Int[Tensor, " slots"]  # of the slot at each place, ascending
     ends: Int[Tensor, " experts"]  # int32: the place behind the last slot of each expert
 
+    @property
+    def sizes(self) -> Int[Tensor, " experts"]:
+        """int32: slots of each expert."""
+        return self.ends.diff(prepend=self.ends.new_zeros(1))
+
 
 def order_slots(expert_ids: Int[Tensor, "rows top_k"], num_experts: int) -> SlotOrder:
     """Sort slots by expert; slots of one expert keep their order."""
@@ -29,6 +34,11 @@ def order_slots(expert_ids: Int[Tensor, "rows top_k"], num_experts: int) -> Slot
     each = torch.arange(num_experts, dtype=torch.int32, device=slots.device)
     ends = torch.searchsorted(sorted_ids, each, right=True, out_int32=True)
     return SlotOrder(slots, places.view(expert_ids.shape), sorted_ids, ends)
+
+
+def num_blocks(sizes: Int[Tensor, " experts"], capacity: int) -> Int[Tensor, " experts"]:
+    """Blocks of `capacity` places that hold an expert's slots; one at least."""
+    return ((sizes + capacity - 1) // capacity).clamp(min=1)
 
 
 def block_order(order: SlotOrder, capacity: int) -> tuple[SlotOrder, Int[Tensor, " blocks"]]:
@@ -41,7 +51,7 @@ def block_order(order: SlotOrder, capacity: int) -> tuple[SlotOrder, Int[Tensor,
     num_experts, num_slots, device = len(order.ends), len(order.slots), order.slots.device
     ends = order.ends.long()
     starts = torch.cat([ends.new_zeros(1), ends])  # the last one is that of the tail
-    blocks = ((ends - starts[:-1] + capacity - 1) // capacity).clamp(min=1)
+    blocks = num_blocks(order.sizes.long(), capacity)
     experts = torch.repeat_interleave(torch.arange(num_experts, device=device), blocks)
     used, first = len(experts), blocks.cumsum(0) - blocks
     experts = torch.nn.functional.pad(experts, (0, 0 if used == num_experts else -used % 8))

@@ -47,8 +47,7 @@ class VisionEmbed(nn.Module):
                 f"image is {tuple(image.shape[2:])} pixels; the position table is made for {self.image_size}"
             )
         # On CPUs the convolution, which rounds as the released models do.
-        project = project_patches if image.is_cuda else _convolve
-        patches = project(image, self.proj)
+        patches = project_patches(image, self.proj) if image.is_cuda else self.proj(image).flatten(2).transpose(1, 2)
         if is_masked is not None:
             patches = torch.where(is_masked[..., None], self.mask_token, patches)
         x = torch.cat([self.cls_token.expand(len(image), -1, -1), patches], dim=1)
@@ -60,10 +59,6 @@ def project_patches(image: Float[Tensor, "B 3 H W"], proj: nn.Conv2d) -> Float[T
     rows, columns = proj.kernel_size
     windows = image.unflatten(3, (-1, columns)).unflatten(2, (-1, rows)).permute(0, 2, 4, 1, 3, 5)
     return F.linear(windows.flatten(3).flatten(1, 2), proj.weight.flatten(1), proj.bias)
-
-
-def _convolve(image: Float[Tensor, "B 3 H W"], proj: nn.Conv2d) -> Float[Tensor, "B P d"]:
-    return proj(image).flatten(2).transpose(1, 2)
 
 
 class TextEmbed(nn.Module):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from vlmoe.nn.dispatch import block_order, combine, dispatch, order_slots
+from vlmoe.nn.dispatch import block_order, combine, dispatch, num_blocks, order_slots
 from vlmoe.nn.kernels import triton_experts, triton_problem
 
 FEW_SLOTS = 256  # per expert: below it one product for all beats a loop on a CPU
@@ -89,10 +89,10 @@ def loop_experts(
     """
     num_experts, act = len(bank.w_in), ACTIVATIONS[activation]
     order = order_slots(expert_ids, num_experts)
-    sizes = order.ends.diff(prepend=order.ends.new_zeros(1))
+    sizes = order.sizes
     if x.device.type == "cpu" and x.dtype.itemsize == 2 and expert_ids.numel():
         order, _ = block_order(order, BLOCK)
-        sizes = ((sizes + BLOCK - 1) // BLOCK).clamp(min=1) * BLOCK
+        sizes = num_blocks(sizes, BLOCK) * BLOCK
     slots, sizes = dispatch(x, order), sizes.tolist()
     *groups, tail = slots.split([*sizes, len(slots) - sum(sizes)])
     # unbind, not indexing: the gradient of w[e] would be E zero-filled banks
@@ -122,7 +122,7 @@ def batched_experts(
         return loop_experts(x, expert_ids, weights, bank, activation)
     order = order_slots(expert_ids, num_experts)
     mean = expert_ids.numel() / num_experts
-    fullest = int(order.ends.diff(prepend=order.ends.new_zeros(1)).max())
+    fullest = int(order.sizes.max())
     capacity = _multiple_of(BLOCK, fullest if fullest <= 1.4 * mean + 32 else mean / 4)
     order, block_experts = block_order(order, capacity)
     if len(block_experts) > num_experts:

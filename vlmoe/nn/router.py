@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from vlmoe.nn.dispatch import order_slots
-from vlmoe.nn.kernels import gate_logits, top_k_softmax
+from vlmoe.nn.kernels import gate_logits, top_k_softmax, widened
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class XMoEGate(nn.Module):
         self.log_temperature = nn.Parameter(torch.tensor([0.3]).log())
 
     def forward(self, x: Float[Tensor, "rows dim"]) -> Float[Tensor, "rows experts"]:
-        x = _wide(x)
+        x = widened(x)
         projected = F.normalize(F.linear(x, self.projection.to(x.dtype)), dim=-1, eps=1e-6)
         cosine = F.linear(projected, F.normalize(self.embeddings.to(x.dtype), dim=-1))
         return cosine / self.log_temperature.to(x.dtype).exp()
@@ -104,7 +104,7 @@ class TorchscaleGate(nn.Module):
         self.embeddings = nn.Parameter(nn.init.orthogonal_(torch.empty(num_experts, 16), gain=0.32))
 
     def forward(self, x: Float[Tensor, "rows dim"]) -> Float[Tensor, "rows experts"]:
-        x = _wide(x)
+        x = widened(x)
         embeddings = self.embeddings.to(x.dtype)
         rescaled = embeddings + (1.5 * F.normalize(embeddings, dim=-1) - embeddings).detach()
         return F.linear(F.linear(x, self.projection.to(x.dtype)), F.normalize(rescaled, dim=-1))
@@ -164,10 +164,6 @@ class TopKRouter(nn.Module):
         if kept is not None:
             weights = torch.where(kept, weights, 0)
         return Routing(logits, weights, expert_ids, kept, is_padding)
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def _within_capacity(expert_ids: Tensor, num_experts: int, capacity_factor: float, is_real: Tensor | None) -> Tensor:

@@ -61,13 +61,18 @@ def triton_problem(x: Float[Tensor, "rows dim"], hidden_dim: int) -> str | None:
     return None
 
 
+def widened(x: Tensor) -> Tensor:
+    """In float32; float64 stays."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def gate_logits(x: Float[Tensor, "rows dim"], weight: Float[Tensor, "experts dim"]) -> Float[Tensor, "rows experts"]:
     """`F.linear` in float32 (float64 for float64 x); for bfloat16 rows on a large GPU without their float32 copy."""
     experts, dim = weight.shape
     fits = dim % 16 == 0 and 64 <= dim <= 256 and experts <= (64 if dim <= 128 else 32)  # in shared memory
     runs = x.is_cuda and x.dtype == torch.bfloat16 and HAS_TRITON and _shared_memory(x.device.index) >= LEAST_SHARED
     if not (fits and runs):
-        x = x if x.dtype == torch.float64 else x.float()
+        x = widened(x)
         return F.linear(x, weight.to(x.dtype))
     from vlmoe.nn.kernels import ops
 
