@@ -34,6 +34,7 @@ class Batch:
     inputs: dict[str, dict[str, Any]]  # by stream; a stream without a sample is absent
     seen: int = 0  # samples read, broken ones included
     bad: list[BadSample] = field(default_factory=list)
+    num_targets: dict[str, int] = field(default_factory=dict)  # what `build_loader`'s count says of the inputs
 
     def pin_memory(self) -> "Batch":  # DataLoader looks for this name
         inputs = {
@@ -61,6 +62,7 @@ def build_loader(
     device: torch.device = CPU,
     pad_id: int | None = None,
     max_text_length: int | None = None,
+    count: Callable[[dict[str, dict[str, Any]]], dict[str, int]] | None = None,
     start_method: str | None = None,
 ) -> Iterator[list[Batch]]:
     """The batches of steps `first_step` to `num_steps - 1`: for each step a list of `accumulate` of them, on `device`.
@@ -76,6 +78,7 @@ def build_loader(
         workers: loader processes; 0 loads in this one.
         device: where the tensors go; from pinned memory if it is a GPU.
         pad_id, max_text_length: see `collate`.
+        count: called with the inputs of each batch before they leave for the device, where counting would wait for it.
         start_method: of the worker processes: fork, spawn or forkserver; None is the platform's.
 
     Raises:
@@ -97,6 +100,7 @@ def build_loader(
         rank=rank,
         world_size=world_size,
         collate=partial(collate, pad_id=pad_id, max_text_length=max_text_length),
+        count=count,
     )
     work = range(first_step * accumulate, num_steps * accumulate)
     return _in_steps(_load(dataset, work, workers=workers, device=device, start_method=start_method), accumulate)
@@ -161,6 +165,7 @@ class _TrainDataset(Dataset["Batch | UserError"]):
     rank: int
     world_size: int
     collate: Callable[[list[Mapping[str, Any]]], dict[str, Any]]
+    count: Callable[[dict[str, dict[str, Any]]], dict[str, int]] | None
 
     def __getitem__(self, work: int) -> "Batch | UserError":
         step, micro = divmod(work, self.accumulate)
@@ -176,7 +181,7 @@ class _TrainDataset(Dataset["Batch | UserError"]):
                 bad += failed
         except UserError as error:  # as a value: DataLoader would wrap a traceback around it
             return error
-        return Batch(inputs=inputs, seen=seen, bad=bad)
+        return Batch(inputs=inputs, seen=seen, bad=bad, num_targets=self.count(inputs) if self.count else {})
 
     def _prepare_for(self, stream: str, position: int) -> Callable[[Sample], Mapping[str, Any]]:
         return lambda sample: self.prepare(sample, stream, sample_rng(self.seed, _TRAIN, stream, position), True)

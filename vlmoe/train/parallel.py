@@ -39,7 +39,7 @@ def join(device: str) -> Ranks:
     if "WORLD_SIZE" not in os.environ:
         return Ranks(0, 1, chosen)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if on_cuda else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo")
     return Ranks(dist.get_rank(), dist.get_world_size(), chosen)
 
 
@@ -73,15 +73,16 @@ def sum_gradients(model: nn.Module) -> None:
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:
+    """On the device of `values`; the sum of a tensor in the processor's memory waits for no GPU."""
     if dist.is_initialized():
         values = values.clone()
         dist.all_reduce(values)
     return values
 
 
-def on_any_rank(flag: bool, device: torch.device) -> bool:
+def on_any_rank(flag: bool) -> bool:
     """Whether the flag is set on some rank: what one rank decides, all do."""
-    return bool(sum_over_ranks(torch.tensor(float(flag), device=device))) if dist.is_initialized() else flag
+    return bool(sum_over_ranks(torch.tensor(float(flag)))) if dist.is_initialized() else flag
 
 
 def gather_lists(items: list[Any]) -> list[Any]:

@@ -106,7 +106,7 @@ def _train(config: RunConfig, ranks: parallel.Ranks) -> Outcome:
     batches = build_loader(
         streams, task.prepare, seed=config.seed, first_step=first, num_steps=last,
         accumulate=config.optim.accumulate, rank=ranks.rank, world_size=ranks.world_size, workers=config.data.workers,
-        device=ranks.device, pad_id=task.pad_id, max_text_length=task.max_text_length,
+        device=ranks.device, pad_id=task.pad_id, max_text_length=task.max_text_length, count=task.num_targets,
     )  # fmt: skip
     metrics: dict[str, float] = {}
     health = _Health(run)
@@ -117,7 +117,7 @@ def _train(config: RunConfig, ranks: parallel.Ranks) -> Outcome:
                 _name(batch.bad, bad.causes)
                 bad.add(batch.bad, seen=batch.seen)
             found = _step(config, task, model, optimizer, micro_batches, step, ranks)
-            is_last = step == last or parallel.on_any_rank(stop.is_set(), ranks.device)
+            is_last = step == last or parallel.on_any_rank(stop.is_set())
             at_log, at_eval = step % config.log_every == 0, step % config.eval_every == 0 or step == config.steps
             at_save = step % config.checkpoint_every == 0 or is_last
             health.watch(found, step, look=at_log or at_eval or at_save or ranks.device.type == "cpu")
@@ -164,7 +164,7 @@ def _step(
     """One optimiser step; returns the loss, its parts and the gradient norm, summed over micro-batches and ranks."""
     torch.manual_seed(_step_seed(config.seed, step, ranks.rank))
     model.train()
-    totals = _count_targets(task, micro_batches, ranks)
+    totals = _num_targets(micro_batches)
     sums: dict[str, Tensor] = {}
     states: list[Any] = []
     for batch in micro_batches:
@@ -355,7 +355,8 @@ def _step_seed(seed: int, step: int, rank: int) -> int:
     return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-def _count_targets(task: Task, micro_batches: list[Batch], ranks: parallel.Ranks) -> dict[str, float]:
-    counts = [task.num_targets(batch.inputs) for batch in micro_batches]
+def _num_targets(micro_batches: list[Batch]) -> dict[str, float]:
+    """Of the whole step: summed over micro-batches and ranks, in the processor's memory, so that no device is waited for."""
+    counts = [batch.num_targets for batch in micro_batches]
     local = torch.tensor([sum(each[name] for each in counts) for name in counts[0]], dtype=torch.float64)
-    return dict(zip(counts[0], parallel.sum_over_ranks(local.to(ranks.device)).tolist(), strict=True))
+    return dict(zip(counts[0], parallel.sum_over_ranks(local).tolist(), strict=True))
