@@ -5,7 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vlmoe.nn import MHMoE
 from vlmoe.nn.experts import ACTIVATIONS, Experts, experts
+from vlmoe.nn.router import load_balancing_loss
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -157,6 +159,22 @@ def test_autocast_checkpointing_and_compile(compiled):
     for ours, theirs in zip(layer.parameters(), plain.parameters(), strict=True):
         assert ours.grad.dtype == torch.float32
         assert error(ours.grad, theirs.grad.double()) < 1e-2
+
+
+@pytest.mark.parametrize("backend", ["triton", "grouped"])
+def test_a_whole_layer_compiled_is_the_layer(backend):
+    torch.manual_seed(0)
+    layer = MHMoE(dim=384, hidden_dim=256, num_experts=30, top_k=2, num_heads=3, backend=backend).cuda()
+    x, grad = torch.randn(4, 500, 384, device="cuda"), torch.randn(4, 500, 384, device="cuda")
+    found = []
+    for function in (layer, torch.compile(layer, fullgraph=True)):
+        leaf = x.clone().requires_grad_()
+        with torch.autocast("cuda", torch.bfloat16):
+            y, routing = function(leaf)
+            loss = (y * grad).sum() + load_balancing_loss(routing)
+        found.append(torch.autograd.grad(loss, [leaf, *layer.parameters()]))
+    for eager, compiled in zip(*found, strict=True):
+        assert error(compiled, eager.double()) < 2e-2
 
 
 def test_sixteen_million_slots():

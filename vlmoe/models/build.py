@@ -154,12 +154,15 @@ def compile_blocks(model: nn.Module) -> None:
 
     Part by part, for equal parts of all layers are compiled once; drop path, whose rate differs from layer to layer, stays
     outside. Streams differ in what they pass (image, text, both) and text in length, so the parts need more variants than
-    torch allows by itself before it gives up compiling. Inductor's analysis of tiles is not made for shapes that vary, and
-    stops at some with an AssertionError (pytorch/pytorch#181563, seen with torch 2.11), so it is off.
+    torch allows by itself before it gives up compiling. Two steps of Inductor are not made for shapes that vary and are off:
+    the analysis of tiles stops at some with an AssertionError (pytorch/pytorch#181563), and sums over rows that share a
+    kernel with sums over columns slice their workspace by a length without its parentheses (both seen with torch 2.11).
     """
     import torch._inductor.config
 
     torch._inductor.config.triton.coalesce_tiling_analysis = False
+    if hasattr(torch._inductor.config.triton, "mix_order_reduction"):
+        torch._inductor.config.triton.mix_order_reduction = False
     torch._dynamo.config.recompile_limit = max(RECOMPILE_LIMIT, torch._dynamo.config.recompile_limit)
     for module in model.modules():
         if isinstance(module, (Attention, MultiwayFFN)):

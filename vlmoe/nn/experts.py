@@ -240,8 +240,20 @@ class _AddBias(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None, None]:
         (ends,) = ctx.saved_tensors
         grad = grad_outputs[0].contiguous()
-        ones = grad.new_ones(len(grad), 8)  # 8 columns, as rows of a matrix must fill 16 bytes
-        return grad, _grouped_mm(ones.t(), grad, ends)[:, 0], None, None
+        return grad, _sum_by_expert(grad, ends), None, None
+
+
+@torch.library.custom_op("vlmoe::sum_by_expert", mutates_args=())
+def _sum_by_expert(rows: Tensor, ends: Tensor) -> Tensor:
+    """Of rows in expert order, [experts, dim]. An operator of its own, for a compiler would lay the ones out row by row, and
+    a grouped product takes those only in groups of multiples of 16 bytes."""
+    ones = rows.new_ones(len(rows), 8)  # 8 columns, as rows of a matrix must fill 16 bytes
+    return _grouped_mm(ones.t(), rows, ends)[:, 0].contiguous()
+
+
+@_sum_by_expert.register_fake
+def _(rows: Tensor, ends: Tensor) -> Tensor:
+    return rows.new_empty(len(ends), rows.shape[1])
 
 
 def _grouped_mm(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:

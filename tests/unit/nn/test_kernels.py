@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -166,6 +167,31 @@ def test_autocast_checkpointing_and_one_graph(compiled: bool) -> None:
     for first, second in zip(*grads, strict=True):
         assert first.dtype == torch.float32
         assert torch.equal(first, second)
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_what_a_compiler_expects_of_each_operator_is_what_it_returns(dtype: torch.dtype) -> None:
+    """Shapes, dtypes and strides: compiled code asserts them."""
+    from vlmoe.nn.kernels import ops
+
+    def check(operator: Any, *arguments: Any) -> Any:
+        torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
+        return operator(*arguments)
+
+    x, gate = torch.randn(20, 32).half(), torch.randn(3, 32).to(dtype)
+    logits = check(ops.gate_logits, x, gate)
+    check(ops.gate_logits_backward, torch.randn(20, 3), x, gate)
+    check(ops.gate_logits_backward, torch.randn(3, 20).t(), torch.randn(32, 20).half().t(), gate)
+    probs, ids = check(ops.top_k_softmax, logits, 2)
+    check(ops.top_k_softmax_backward, logits, ids, torch.randn(2, 20).t())
+    order, ends = check(ops.order_slots, ids, 3)
+    bank = [torch.randn(3, 16, 32).half(), torch.randn(3, 32, 16).half(), torch.randn(3, 16).half()]
+    bank += [torch.randn(3, 32).half(), torch.randn(3, 16, 32).half(), torch.randn(3, 16).half()]
+    for gated, activation in ((bank, "swiglu"), ([*bank[:4], None, None], "gelu")):
+        inputs = (x, ids, probs, order, ends, *gated, activation)
+        check(ops.expert_mlp, *inputs)
+        check(ops.expert_mlp_backward, torch.randn(32, 20).half().t(), *inputs)
 
 
 def test_a_cpu_is_no_gpu() -> None:

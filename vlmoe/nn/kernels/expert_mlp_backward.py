@@ -17,7 +17,7 @@ from vlmoe.nn.kernels.activations import activate_with_slope
 from vlmoe.nn.kernels.expert_mlp import load_bias, load_in, load_out, load_rows, store_rows
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_tile"])
 def row_gradients(
     x, dy, slots, ends, tile_expert, tile_place, weights, w_in, w_out, w_gate, b_in, b_out, b_gate,
     dx, dweights, hiddens, gathered, bias_parts, first_tile, E, chunk_rows,
@@ -116,17 +116,18 @@ def row_gradients(
             store_rows(dx, slot.to(tl.int64), valid, c2, acc2, FULL, DIM)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_tile", "num_tiles"])
 def weight_gradients(
-    hiddens, gathered, ends, tile_expert, tile_place, parts, bias_parts, first_tile, num_tiles, E, chunk_rows,
+    hiddens, gathered, ends, tile_expert, tile_place, parts, first_tile, num_tiles, E, chunk_rows,
     SEGMENT: tl.constexpr, PLACES: tl.constexpr, DIM: tl.constexpr, HIDDEN: tl.constexpr,
     D1: tl.constexpr, D2: tl.constexpr, BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr,
     BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """hiddens^T [hidden, slots] @ gathered [slots, dim], per expert of a segment, into `parts`.
 
-    `parts` is [2 or 3, PLACES, hidden, dim]. The activated hidden layer meets weight * dy, the gradients meet x. The
-    bias gradients (sums over slots) are one more product, with ones: the tensor cores add faster than warps shuffle.
+    `parts` is [2 or 3, PLACES, hidden * dim + hidden], weight gradients with bias gradients behind them. The activated
+    hidden layer meets weight * dy, the gradients meet x. The bias gradients (sums over slots) are one more product, with
+    ones: the tensor cores add faster than warps shuffle.
     """
     FULL: tl.constexpr = (D1 + D2 == DIM) and (HIDDEN % BLOCK_F == 0)
     which = tl.program_id(1).to(tl.int64)
@@ -157,24 +158,24 @@ def weight_gradients(
                     acc2 = tl.dot(left, load_in(gathered, row, c2, FULL, chunk_rows, DIM), acc2)
                 if BIAS:
                     sums = tl.dot(left, ones, sums)
-            part = which * PLACES + segment + expert - first_expert
+            part = parts + (which * PLACES + segment + expert - first_expert) * (HIDDEN * DIM + HIDDEN)
             inside = f < HIDDEN
-            store_rows(parts + part * HIDDEN * DIM, f, inside, c1, acc1, FULL, DIM)
+            store_rows(part, f, inside, c1, acc1, FULL, DIM)
             if D2 > 0:
-                store_rows(parts + part * HIDDEN * DIM, f, inside, c2, acc2, FULL, DIM)
+                store_rows(part, f, inside, c2, acc2, FULL, DIM)
             if BIAS:
-                tl.store(bias_parts + part * HIDDEN + f, tl.max(sums, 1), mask=inside)
+                tl.store(part + HIDDEN * DIM + f, tl.max(sums, 1), mask=inside)
             tile += count
         else:
             tile = behind
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_tile", "num_tiles"])
 def reduce_segments(
     parts, total, tile_expert, tile_base, first_tile, num_tiles, E,
-    SEGMENT: tl.constexpr, PLACES: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr,
+    SEGMENT: tl.constexpr, PLACES: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """total[which, expert] += its parts of this chunk, in segment order."""
+    """total[which, expert] += its parts of this chunk, in segment order: the first SIZE elements of each STRIDE."""
     expert = tl.program_id(1)
     which = tl.program_id(2).to(tl.int64)
     base = tl.load(tile_base + expert)
@@ -183,11 +184,11 @@ def reduce_segments(
     if low < high:
         at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
         inside = at < SIZE
-        into = total + (which * E + expert) * SIZE + at
+        into = total + (which * E + expert) * STRIDE + at
         acc = tl.load(into, mask=inside & (base < first_tile), other=0.0)
         shift = expert - tl.load(tile_expert + first_tile)
         for segment in range(low // SEGMENT, (high - 1) // SEGMENT + 1):
-            acc += tl.load(parts + (which * PLACES + segment + shift) * SIZE + at, mask=inside, other=0.0)
+            acc += tl.load(parts + (which * PLACES + segment + shift) * STRIDE + at, mask=inside, other=0.0)
         tl.store(into, acc, mask=inside)
 
 

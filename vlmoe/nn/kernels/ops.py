@@ -6,6 +6,7 @@ Axes: `rows` of width `dim` with `top_k` slots each; `slots` = rows * top_k; `ex
 """
 
 import functools
+import importlib
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from vlmoe.nn.kernels import configs, gate, routing
 from vlmoe.nn.kernels import expert_mlp as forward_kernels
 from vlmoe.nn.kernels import expert_mlp_backward as backward_kernels
+from vlmoe.nn.kernels.launch import repeated
 
 GLUON_TRITON = "3.6."  # add another when tests/gpu passed on it
 
@@ -101,7 +103,7 @@ def gate_logits_backward(dlogits: Tensor, x: Tensor, weight: Tensor) -> tuple[Te
         x, weight, dlogits, dx, parts, rows, E, **_widths(dim), EXPERTS=max(16, _power_of_two(E)), BLOCK=block,
         num_warps=warps,
     )  # fmt: skip
-    return dx, parts.sum(0).t().to(weight.dtype, memory_format=torch.contiguous_format)
+    return dx, parts.sum(0).t().contiguous().to(weight.dtype)
 
 
 @gate_logits_backward.register_fake
@@ -169,14 +171,19 @@ def expert_mlp(
     x, expert_ids, weights = x.contiguous(), expert_ids.contiguous(), weights.contiguous()
     bank = _contiguous(w_in, w_out, w_gate, b_in, b_out, b_gate)
     E, hidden, dim = w_in.shape
-    tile = configs.forward_tile(dim, w_gate is not None)
+    tile, bias, top_k = configs.forward_tile(dim, w_gate is not None), b_in is not None, expert_ids.shape[1]
     tiles = _Tiles(ends, expert_ids.numel(), tile.block_m)
+    at = (order, ends, tiles.expert, tiles.place)
     y = x.new_empty(expert_ids.numel(), dim)
-    forward_kernels.forward[(tiles.count,)](
-        x, order, ends, tiles.expert, tiles.place, weights, *bank, y, E,
-        TOP_K=expert_ids.shape[1], HIDDEN=hidden, **_widths(dim), BIAS=b_in is not None, ACTIVATION=activation,
-        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, STAGES=tile.stages, num_warps=tile.warps,
-    )  # fmt: skip
+    hopper_tile = configs.hopper_forward_tile(dim, hidden)
+    if hopper_tile is not None and _runs_on_hopper(x, bank, bias, activation):
+        _hopper("hopper_forward").launch_forward(hopper_tile, x, *at, weights, bank, y, top_k, bias, activation)
+    else:
+        forward_kernels.forward[(tiles.count,)](
+            x, *at, weights, *bank, y, E,
+            TOP_K=top_k, HIDDEN=hidden, **_widths(dim), BIAS=bias, ACTIVATION=activation,
+            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, STAGES=tile.stages, num_warps=tile.warps,
+        )  # fmt: skip
     return _sum_slots(y, expert_ids, E)
 
 
@@ -206,9 +213,9 @@ def expert_mlp_backward(
     bank = _contiguous(w_in, w_out, w_gate, b_in, b_out, b_gate)
     E, hidden, dim = w_in.shape
     bias, matrices, slots = b_in is not None, 2 if w_gate is None else 3, expert_ids.numel()
-    shape = {"HIDDEN": hidden, **_widths(dim)}
     by_row, by_weight = configs.row_gradients_tile(dim, w_gate is not None), configs.weight_gradients_tile(dim)
-    hopper_tile = _hopper_tile(x, bank, hidden, bias, activation)
+    runs_on_hopper = _runs_on_hopper(x, bank, bias, activation)
+    hopper_tile = configs.hopper_row_gradients_tile(dim, hidden) if runs_on_hopper else None
     tiles = _Tiles(ends, slots, by_row.block_m)
     blocks = triton.cdiv(hidden, by_weight.block_f)
     chunk, segment, places = _cut(
@@ -216,49 +223,57 @@ def expert_mlp_backward(
     )
 
     dx_slots, dweights = x.new_empty(slots, dim), torch.zeros_like(weights)
-    chunk_rows = chunk * by_row.block_m
+    chunk_rows, size = chunk * by_row.block_m, hidden * dim
     hiddens, gathered = x.new_empty(matrices, chunk_rows, hidden), x.new_empty(2, chunk_rows, dim)
-    parts, dw = weights.new_empty(matrices, places, hidden, dim), weights.new_zeros(matrices, E, hidden, dim)
-    bias_parts, db = weights.new_empty(matrices, places, hidden), weights.new_zeros(matrices, E, hidden)
+    parts, dw = weights.new_empty(matrices, places, size + hidden), weights.new_zeros(matrices, E, size + hidden)
     db_parts_per_tile = 1 if hopper_tile is None else 2
     db_out_parts = weights.new_empty(tiles.count * db_parts_per_tile if bias else 0, dim)
+    arguments = {
+        "x": x, "dy": dy, "slots": order, "ends": ends, "tile_expert": tiles.expert, "tile_place": tiles.place,
+        "tile_base": tiles.base, "weights": weights, "dx": dx_slots, "dweights": dweights, "hiddens": hiddens,
+        "gathered": gathered, "bias_parts": db_out_parts, "parts": parts, "total": dw, "E": E, "chunk_rows": chunk_rows,
+        **dict(zip(("w_in", "w_out", "w_gate", "b_in", "b_out", "b_gate"), bank, strict=True)),
+        "TOP_K": expert_ids.shape[1], "HIDDEN": hidden, **_widths(dim), "BIAS": bias, "ACTIVATION": activation,
+        "BLOCK_M": by_row.block_m, "SEGMENT": segment, "PLACES": places,
+    }  # fmt: skip
+    if hopper_tile is None:
+        shape = {"BLOCK_N": by_row.block_n, "STAGES": by_row.stages}
+        row_gradients = repeated(backward_kernels.row_gradients, arguments | shape, num_warps=by_row.warps)
+        programs = chunk
+    else:
+        row_gradients = _hopper("hopper").row_gradients_launcher(hopper_tile, arguments)
+        programs = _multiprocessors(x.device)
+    shape = {"BLOCK_F": by_weight.block_f, "BLOCK_K": by_weight.block_k, "STAGES": by_weight.stages}
+    weight_gradients = repeated(backward_kernels.weight_gradients, arguments | shape, num_warps=by_weight.warps)
+    shape = {"SIZE": size + hidden if bias else size, "STRIDE": size + hidden, "BLOCK": 4096}
+    reduce_segments = repeated(backward_kernels.reduce_segments, arguments | shape)
     for first in range(0, tiles.count, chunk):
         count = min(chunk, tiles.count - first)
-        at = (ends, tiles.expert, tiles.place)
-        if hopper_tile is not None:
-            _hopper().launch_row_gradients(
-                hopper_tile, x, dy, order, *at, weights, bank, dx_slots, dweights, hiddens, gathered, db_out_parts,
-                first, count, expert_ids.shape[1], bias, activation,
-            )  # fmt: skip
-        else:
-            backward_kernels.row_gradients[(count,)](
-                x, dy, order, *at, weights, *bank, dx_slots, dweights, hiddens, gathered, db_out_parts, first, E,
-                chunk_rows,
-                TOP_K=expert_ids.shape[1], **shape, BIAS=bias, ACTIVATION=activation, BLOCK_M=by_row.block_m,
-                BLOCK_N=by_row.block_n, STAGES=by_row.stages, num_warps=by_row.warps,
-            )  # fmt: skip
-        backward_kernels.weight_gradients[(blocks, matrices, triton.cdiv(count, segment))](
-            hiddens, gathered, *at, parts, bias_parts, first, count, E, chunk_rows,
-            SEGMENT=segment, PLACES=places, **shape, BIAS=bias, BLOCK_M=by_row.block_m, BLOCK_F=by_weight.block_f,
-            BLOCK_K=by_weight.block_k, STAGES=by_weight.stages, num_warps=by_weight.warps,
-        )  # fmt: skip
-        for part, total, size in ((parts, dw, hidden * dim), (bias_parts, db, hidden))[: 1 + bias]:
-            block = min(4096, _power_of_two(size))
-            backward_kernels.reduce_segments[(triton.cdiv(size, block), E, matrices)](
-                part, total, tiles.expert, tiles.base, first, count, E,
-                SEGMENT=segment, PLACES=places, SIZE=size, BLOCK=block,
-            )  # fmt: skip
-    del hiddens, gathered, parts  # before more is allocated
+        at = {"first_tile": first, "num_tiles": count}
+        row_gradients((min(count, programs),), **at)
+        weight_gradients((blocks, matrices, triton.cdiv(count, segment)), **at)
+        reduce_segments((triton.cdiv(size + hidden, 4096), E, matrices), **at)
+    del (
+        hiddens,
+        gathered,
+        parts,
+        arguments,
+        row_gradients,
+        weight_gradients,
+        reduce_segments,
+    )  # before more is allocated
+    dw, db = dw[:, :, :size].view(matrices, E, hidden, dim), dw[:, :, size:]
     gradients = [_sum_slots(dx_slots, expert_ids, E), dweights]
-    gradients += [dw[0].to(x.dtype), dw[1].transpose(1, 2).to(x.dtype, memory_format=torch.contiguous_format)]
-    gradients += [dw[2].to(x.dtype)] if w_gate is not None else []
+    narrow = functools.partial(Tensor.to, dtype=x.dtype, memory_format=torch.contiguous_format)
+    gradients += [narrow(dw[0]), narrow(dw[1].transpose(1, 2))]
+    gradients += [narrow(dw[2])] if w_gate is not None else []
     if bias:
         db_out = x.new_empty(E, dim)
         backward_kernels.sum_tiles[(E, triton.cdiv(dim, 64))](
             db_out_parts, db_out, tiles.base, dim, db_parts_per_tile, 16, 64
         )
-        gradients += [db[0].to(x.dtype), db_out]
-        gradients += [db[2].to(x.dtype)] if w_gate is not None else []
+        gradients += [narrow(db[0]), db_out]
+        gradients += [narrow(db[2])] if w_gate is not None else []
     return gradients
 
 
@@ -343,22 +358,20 @@ def _row_block(E: int) -> tuple[int, int]:
     return max(1, 4096 // experts), experts
 
 
-def _hopper_tile(x: Tensor, bank: list[Tensor], hidden: int, bias: bool, activation: str) -> configs.HopperTile | None:
-    """For the row gradients of `hopper`; None: they cannot run here, or never ran so."""
+def _runs_on_hopper(x: Tensor, bank: list[Tensor], bias: bool, activation: str) -> bool:
+    """Whether the kernels of `hopper` can run here, and ever ran so."""
     ran = x.dtype == torch.bfloat16 and bias and activation == "gelu"
-    if not ran or not x.is_cuda or _hopper() is None or any(each.data_ptr() % 16 for each in bank):
-        return None
-    return configs.hopper_row_gradients_tile(x.shape[1], hidden)
+    return ran and x.is_cuda and _has_hopper() and all(each.data_ptr() % 16 == 0 for each in bank)
 
 
 @functools.cache
-def _hopper() -> Any:
-    """The kernels in Gluon, or None: no Hopper GPU, or another Triton than they ran on, as Gluon is not stable yet."""
-    if torch.cuda.get_device_capability() != (9, 0) or not triton.__version__.startswith(GLUON_TRITON):
-        return None
-    from vlmoe.nn.kernels import hopper
+def _has_hopper() -> bool:
+    """A Hopper GPU, and the Triton that the kernels in Gluon ran on: Gluon is not stable yet."""
+    return torch.cuda.get_device_capability() == (9, 0) and triton.__version__.startswith(GLUON_TRITON)
 
-    return hopper
+
+def _hopper(module: str) -> Any:
+    return importlib.import_module(f"vlmoe.nn.kernels.{module}")  # not at the top: it needs Gluon
 
 
 def _multiprocessors(device: torch.device) -> int:
