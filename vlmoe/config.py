@@ -209,7 +209,14 @@ class FinetuneConfig(RunConfig):
 
 
 @dataclass(kw_only=True)
-class VQAConfig(FinetuneConfig):
+class GraphedConfig(FinetuneConfig):
+    """Fine-tunings whose steps wait for no device."""
+
+    cuda_graphs: bool = False  # one GPU plays recorded steps: no waiting for the host's launches; nothing elsewhere
+
+
+@dataclass(kw_only=True)
+class VQAConfig(GraphedConfig):
     """Visual question answering as classification over the frequent answers."""
 
     labels: str | None = None  # file with an answer a line; None: the frequent answers of `data.examples.sources`
@@ -218,12 +225,12 @@ class VQAConfig(FinetuneConfig):
 
 
 @dataclass(kw_only=True)
-class NLVR2Config(FinetuneConfig):
+class NLVR2Config(GraphedConfig):
     """Is a sentence true of two pictures?"""
 
 
 @dataclass(kw_only=True)
-class ClassificationConfig(FinetuneConfig):
+class ClassificationConfig(GraphedConfig):
     """Image classification."""
 
     labels: str | None = None  # file with a label a line; None: those of `data.examples.sources`, sorted
@@ -231,7 +238,7 @@ class ClassificationConfig(FinetuneConfig):
 
 
 @dataclass(kw_only=True)
-class RetrievalConfig(FinetuneConfig):
+class RetrievalConfig(GraphedConfig):
     """Which picture goes with a text, and which text with a picture: a dual encoder, trained by contrast."""
 
 

@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vlmoe.config import OptimConfig
 from vlmoe.models import Encoder, layer_ids, no_weight_decay
@@ -49,4 +49,7 @@ def learning_rate(step: int, steps: int, config: OptimConfig) -> float:
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
     for group in optimizer.param_groups:
-        group["lr"] = lr * group["lr_scale"]
+        if isinstance(group["lr"], Tensor):  # of `GraphedUpdate`
+            group["lr"].fill_(lr * group["lr_scale"])
+        else:
+            group["lr"] = lr * group["lr_scale"]

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +31,13 @@ from vlmoe.models.weights import checkpoint_folder, checkpoint_steps, latest_che
 from vlmoe.tasks import Task, load_run, make_task
 from vlmoe.train import checkpoint, parallel
 from vlmoe.train.checkpoint import clear_disk_errors
+from vlmoe.train.graphs import GraphedUpdate, Update
 from vlmoe.train.optim import learning_rate, make_optimizer, set_learning_rate
 from vlmoe.train.tracker import Tracker
 
 # What may differ between a run and its continuation: it changes no number that the run computes.
 FREE_TO_CHANGE = {
-    "out", "stop_at", "device", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "tensorboard",
+    "out", "stop_at", "device", "cuda_graphs", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "tensorboard",
     "wandb_project", "data.workers", "data.max_bad_fraction",
 }  # fmt: skip
 NAMED = 20  # broken samples of each cause that the log names; all are counted
@@ -108,6 +110,7 @@ def _train(config: RunConfig, ranks: parallel.Ranks) -> Outcome:
         accumulate=config.optim.accumulate, rank=ranks.rank, world_size=ranks.world_size, workers=config.data.workers,
         device=ranks.device, pad_id=task.pad_id, max_text_length=task.max_text_length, count=task.num_targets,
     )  # fmt: skip
+    update = _make_update(config, task, model, optimizer, ranks)
     metrics: dict[str, float] = {}
     health = _Health(run)
     with _stop_signals() as stop:
@@ -116,7 +119,8 @@ def _train(config: RunConfig, ranks: parallel.Ranks) -> Outcome:
             for batch in micro_batches:
                 _name(batch.bad, bad.causes)
                 bad.add(batch.bad, seen=batch.seen)
-            found = _step(config, task, model, optimizer, micro_batches, step, ranks)
+            _prepare_step(config, model, optimizer, step, ranks)
+            found = update(micro_batches, _num_targets(micro_batches))
             is_last = step == last or parallel.on_any_rank(stop.is_set())
             at_log, at_eval = step % config.log_every == 0, step % config.eval_every == 0 or step == config.steps
             at_save = step % config.checkpoint_every == 0 or is_last
@@ -152,19 +156,40 @@ def _train(config: RunConfig, ranks: parallel.Ranks) -> Outcome:
     return Outcome(step=first, was_interrupted=stop.is_set() and first < config.steps, metrics=metrics)
 
 
-def _step(
+def _prepare_step(
+    config: RunConfig, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, ranks: parallel.Ranks
+) -> None:
+    torch.manual_seed(_step_seed(config.seed, step, ranks.rank))
+    model.train()
+    set_learning_rate(optimizer, learning_rate(step - 1, config.steps, config.optim))
+
+
+def _make_update(
+    config: RunConfig, task: Task, model: nn.Module, optimizer: torch.optim.Optimizer, ranks: parallel.Ranks
+) -> Update:
+    """`_update` for this run, recorded where the recipe says so and there is a GPU.
+
+    Raises:
+        UserError: cuda_graphs with several ranks.
+    """
+    update = partial(_update, config, task, model, optimizer, ranks)
+    if not getattr(config, "cuda_graphs", False) or ranks.device.type != "cuda":
+        return update
+    if ranks.world_size > 1:
+        raise UserError(f"cuda_graphs is for one GPU, and this run has {ranks.world_size}: set cuda_graphs=false")
+    return GraphedUpdate(update, optimizer)
+
+
+def _update(
     config: RunConfig,
     task: Task,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    micro_batches: list[Batch],
-    step: int,
     ranks: parallel.Ranks,
+    micro_batches: list[Batch],
+    totals: dict[str, float],
 ) -> dict[str, Tensor]:
     """One optimiser step; returns the loss, its parts and the gradient norm, summed over micro-batches and ranks."""
-    torch.manual_seed(_step_seed(config.seed, step, ranks.rank))
-    model.train()
-    totals = _num_targets(micro_batches)
     sums: dict[str, Tensor] = {}
     states: list[Any] = []
     for batch in micro_batches:
@@ -176,7 +201,6 @@ def _step(
         states.append(loss.state)
     parallel.sum_gradients(model)
     norm = nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip_norm or float("inf"))
-    set_learning_rate(optimizer, learning_rate(step - 1, config.steps, config.optim))
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     task.after_step(model, states)
