@@ -109,7 +109,12 @@ def _about(world: World, scene: Scene, drawn: Rendered) -> Record:
         "width": scene.size,
         "height": scene.size,
         "objects": [
-            {"name": thing.kind.name, "box": thing.box, "style": world.bank.pictures[picture].style, "color": thing.color}
+            {
+                "name": thing.kind.name,
+                "box": thing.box,
+                "style": world.bank.pictures[picture].style,
+                "color": thing.color,
+            }
             for thing, picture in zip(scene.things, drawn.pictures, strict=True)
         ],
         "background": background.about

@@ -42,9 +42,7 @@ def restyle(sprite: Pixels, rng: Random, *, keep_color: bool) -> NDArray[np.floa
     return np.concatenate([color.clip(0, 255) * alpha, 255 * alpha], axis=2).astype(np.float32)
 
 
-def painted(
-    ink: Pixels, solid: Pixels, rng: Random, *, keep_color: NDArray[np.float32] | None
-) -> NDArray[np.float32]:
+def painted(ink: Pixels, solid: Pixels, rng: Random, *, keep_color: NDArray[np.float32] | None) -> NDArray[np.float32]:
     """A black shape (its `ink`, and the ink with what it encloses, [height, width] in 0..255) as a sprite: dark lines around
     a paint, or ink of that paint around a paler one or around nothing. The paint is `keep_color` [3], or any."""
     lines, alpha = ink[..., None] / 255, solid[..., None] / 255
