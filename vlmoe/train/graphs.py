@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from vlmoe.data import Batch
+from vlmoe.errors import UserError
 
 WARM_UP = 2  # steps of a kind that run as ever before it is recorded: kernels are compiled and tuned in them
 MOST = 16  # kinds that are recorded; each keeps its gradients, and all share the memory of what a step throws away
@@ -37,7 +38,11 @@ class GraphedUpdate:
             group["lr"] = torch.tensor(float(group["lr"]), device=group["params"][0].device)
 
     def __call__(self, micro_batches: list[Batch], totals: dict[str, float]) -> dict[str, Tensor]:
-        """One step. What it returns is overwritten by the next one."""
+        """One step. What it returns is overwritten by the next one.
+
+        Raises:
+            UserError: the update waits for the device.
+        """
         kind = (tuple(totals.items()), *(_shapes(batch) for batch in micro_batches))
         self.seen[kind] += 1
         if kind not in self.recorded and (self.seen[kind] <= WARM_UP or len(self.recorded) == MOST):
@@ -62,8 +67,14 @@ class GraphedUpdate:
         for group in self.optimizer.param_groups:
             group["capturable"] = True  # torch asks for it while recording, and warns of it at other times
         # thread_local: the loader's thread pins memory meanwhile, which has nothing to do with this
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            found = self.update(own, totals)
+        try:
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                found = self.update(own, totals)
+        except RuntimeError as error:
+            raise UserError(
+                f"a step of this recipe cannot be recorded ({str(error).splitlines()[0]}): set cuda_graphs=false, or "
+                f"model.ffn.backend to triton or grouped, which wait for no device"
+            ) from None
         for group in self.optimizer.param_groups:
             group["capturable"] = False
         return _Recorded(graph, own, found)
