@@ -18,7 +18,6 @@ from PIL import Image
 from vlmoe.errors import UserError
 
 FORMAT = 1
-ONE_COLOR_STYLES = frozenset({"fluent-emoji-high-contrast", "emojione-monotone", "game-icons", "mdi"})  # black shapes
 FILES = ("concepts.json.gz", "pictures.tar", "credits.md")
 
 

@@ -77,16 +77,6 @@ WRONG_PICTURES = {  # (style, concept): the set means something else by the name
     ("noto-v1", "water-pistol"),
     ("streamline-emojis", "water-pistol"),
     ("fxemoji", "sailboat"),  # on a coloured square
-    ("emojione-monotone", "basketball"),  # with its hoop
-    ("emojione-monotone", "clamp"),  # compression
-    ("emojione-monotone", "cricket"),  # the game
-    ("game-icons", "butterfly"),  # a flower
-    ("game-icons", "crab"),  # a claw
-    ("game-icons", "screwdriver"),  # broken
-    ("mdi", "bug"),  # a beetle
-    ("mdi", "cricket"),  # the game
-    ("mdi", "mouse"),  # of a computer
-    ("mdi", "seal"),  # on a letter
 }
 
 PLURALS = {

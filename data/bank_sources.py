@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from bank_format import ONE_COLOR_STYLES, Concept
+from bank_format import Concept
 from bank_names import WRONG_PICTURES, article, plural, scene_name
 from bank_packages import Archive
 
@@ -165,17 +165,11 @@ def drawings(archives: Mapping[str, Archive], catalogue: Catalogue) -> Iterator[
     for name, archive in archives.items():
         if name.startswith("@iconify-json/"):
             found = icon_drawings(archive, catalogue)
-            yield from (drawing for drawing in found if _is_wanted(drawing, catalogue))
+            yield from (drawing for drawing in found if (drawing.style, drawing.concept) not in WRONG_PICTURES)
         elif name == "@lobehub/fluent-emoji-3d":
             yield from coded_drawings(archive, catalogue, "fluent-emoji-3d", r"assets/([0-9a-f-]+)\.webp")
         elif name == "flag-icons":
             yield from flag_drawings(archive, catalogue)
-
-
-def _is_wanted(drawing: Drawing, catalogue: Catalogue) -> bool:
-    """One-colour sets are matched by name, which was looked at for the objects of scenes alone."""
-    is_seen = drawing.style not in ONE_COLOR_STYLES or catalogue.concepts[drawing.concept].scene
-    return is_seen and (drawing.style, drawing.concept) not in WRONG_PICTURES
 
 
 def icon_drawings(archive: Archive, catalogue: Catalogue) -> Iterator[Drawing]:

@@ -22,7 +22,6 @@ from pathlib import Path
 import numpy as np
 from bank import run_command
 from bank_format import (
-    ONE_COLOR_STYLES,
     Bank,
     Concept,
     Picture,
@@ -148,8 +147,7 @@ def build(bank: Bank, out: Path, *, seed: int, texts: int, shard_size: int) -> d
     kept = [
         (index, picture)
         for index, picture in enumerate(bank.pictures)
-        if picture.style not in ONE_COLOR_STYLES
-        and (not picture.skin_tone or fraction(seed, "skin tone", str(index)) < SKIN_TONES)
+        if not picture.skin_tone or fraction(seed, "skin tone", str(index)) < SKIN_TONES
     ]
     splits = assign_splits([picture for _, picture in kept], seed)
     new = new_folder(out)

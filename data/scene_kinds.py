@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from bank_format import ONE_COLOR_STYLES, Bank, Concept
+from bank_format import Bank, Concept
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -143,7 +143,6 @@ class Kind:
     disputed: frozenset[str]  # families of which it may or may not be a member
     alike: frozenset[str]  # ids of the kinds that it must not meet, itself among them
     known: tuple[int, ...]  # its pictures in the styles that are trained on: indices into the bank
-    one_color: tuple[int, ...]  # its black shapes, for `restyle`
     unseen: tuple[int, ...]  # its pictures in the unseen style
 
 
@@ -186,17 +185,13 @@ def build_vocabulary(bank: Bank, number: int | None = None, styles: int | None =
     """The kinds of a bank, or `number` of them whose colours differ most, in every style or in the `styles` that draw most
     of the bank's kinds (and the unseen one): the same ones every time. UserError when it has too few."""
     concepts = {id: concept for id, concept in sorted(bank.concepts.items()) if concept.scene}
-    styles_apart = {UNSEEN_STYLE, *ONE_COLOR_STYLES}
-    drawn = Counter(each.style for each in bank.pictures if each.concept in concepts and each.style not in styles_apart)
+    drawn = Counter(each.style for each in bank.pictures if each.concept in concepts and each.style != UNSEEN_STYLE)
     trained_on = sorted(drawn, key=lambda style: (-drawn[style], style))[:styles]
     known: dict[str, list[int]] = {id: [] for id in concepts}
     unseen: dict[str, list[int]] = {id: [] for id in concepts}
-    one_color: dict[str, list[int]] = {id: [] for id in concepts}
     for index, picture in enumerate(bank.pictures):
         if picture.concept in concepts and picture.style == UNSEEN_STYLE:
             unseen[picture.concept].append(index)
-        elif picture.concept in concepts and picture.style in ONE_COLOR_STYLES:
-            one_color[picture.concept].append(index)
         elif picture.concept in concepts and picture.style in trained_on:
             known[picture.concept].append(index)
     if number is not None:
@@ -206,7 +201,7 @@ def build_vocabulary(bank: Bank, number: int | None = None, styles: int | None =
         raise UserError("--bank: scenes need eight kinds of object or more; make the bank with: --objects scene")
     taken = {concept.name for concept in concepts.values()}
     kinds = {
-        id: _kind(concept, concepts.values(), taken, tuple(known[id]), tuple(one_color[id]), tuple(unseen[id]))
+        id: _kind(concept, concepts.values(), taken, tuple(known[id]), tuple(unseen[id]))
         for id, concept in concepts.items()
     }
     return Vocabulary(kinds=kinds)
@@ -235,12 +230,7 @@ def _mean_color(picture: Image.Image) -> NDArray[np.float64]:
 
 
 def _kind(
-    concept: Concept,
-    everyone: Iterable[Concept],
-    taken: set[str],
-    known: tuple[int, ...],
-    one_color: tuple[int, ...],
-    unseen: tuple[int, ...],
+    concept: Concept, everyone: Iterable[Concept], taken: set[str], known: tuple[int, ...], unseen: tuple[int, ...]
 ) -> Kind:
     name = concept.name
     relatives = {name}.union(*(group for group in _ALIKE if name in group))
@@ -256,7 +246,6 @@ def _kind(
         disputed=frozenset(f.singular for f in FAMILIES if name in f.disputed),
         alike=frozenset(other.id for other in everyone if other.name in relatives),
         known=known,
-        one_color=one_color,
         unseen=unseen,
     )
 

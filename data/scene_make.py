@@ -13,7 +13,7 @@ from scene_kinds import SPLITS
 from scene_layout import LayoutOptions, Scene, draw_scene, generator
 from scene_pairs import PAIRS, draw_pairs
 from scene_questions import questions
-from scene_render import Rendered, encode, render
+from scene_render import Background, encode, render
 from scene_sprites import World
 
 ANSWERS = 10  # an official VQA question has ten; here they agree, because the layout is the truth
@@ -38,7 +38,7 @@ def make_scene(world: World, split: str, index: int, seed: int, options: LayoutO
     """A picture with captions, questions and boxes."""
     rng = generator(seed, "scene", split, index)
     scene = draw_scene(world, split, index, rng, options)
-    drawn = render(world, scene, rng, options)
+    image, background = render(world, scene, rng, options)
     language, names = other_language(scene, rng)
     number = image_id(split, index)
     record = {
@@ -57,9 +57,9 @@ def make_scene(world: World, split: str, index: int, seed: int, options: LayoutO
             }
             for place, question in enumerate(questions(world, scene, rng))
         ],
-        **_about(world, scene, drawn),
+        **_about(world, scene, background),
     }
-    return _sample(f"scenes_{split}_{number:012d}", {"jpg": encode(drawn.image)}, record)
+    return _sample(f"scenes_{split}_{number:012d}", {"jpg": encode(image)}, record)
 
 
 def make_pairs(world: World, split: str, set_number: int, seed: int, options: LayoutOptions) -> Iterator[Sample]:
@@ -67,9 +67,9 @@ def make_pairs(world: World, split: str, set_number: int, seed: int, options: La
     for pair, rng in draw_pairs(world, split, set_number, seed, options):
         files, sides = {}, {}
         for side, scene in (("left", pair.left), ("right", pair.right)):
-            drawn = render(world, scene, rng, options)
-            files[f"{side}.jpg"] = encode(drawn.image)
-            sides[side] = _about(world, scene, drawn)
+            image, background = render(world, scene, rng, options)
+            files[f"{side}.jpg"] = encode(image)
+            sides[side] = _about(world, scene, background)
         record = {
             "identifier": pair.identifier,
             "split": split,
@@ -101,26 +101,21 @@ def samples_of(
             yield make(world, split, index, seed, options)
 
 
-def _about(world: World, scene: Scene, drawn: Rendered) -> Record:
+def _about(world: World, scene: Scene, background: Background) -> Record:
     """Boxes, background and licence of one picture; the licence is an SPDX expression."""
-    background = drawn.background
-    used = drawn.pictures + ([] if background.picture is None else [background.picture])
+    pictures = [world.bank.pictures[thing.picture] for thing in scene.things]
+    used = pictures + ([] if background.picture is None else [world.bank.pictures[background.picture]])
     return {
         "width": scene.size,
         "height": scene.size,
         "objects": [
-            {
-                "name": thing.kind.name,
-                "box": thing.box,
-                "style": world.bank.pictures[picture].style,
-                "color": thing.color,
-            }
-            for thing, picture in zip(scene.things, drawn.pictures, strict=True)
+            {"name": thing.kind.name, "box": thing.box, "style": picture.style, "color": thing.color}
+            for thing, picture in zip(scene.things, pictures, strict=True)
         ],
         "background": background.about
         if background.picture is None
         else f"photograph of {world.bank.pictures[background.picture].concept}",
-        "licence": " AND ".join(sorted({world.bank.pictures[picture].licence for picture in used})),
+        "licence": " AND ".join(sorted({picture.licence for picture in used})),
         "source": "scenes",
     }
 

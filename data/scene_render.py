@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 from scene_layout import LayoutOptions, Scene, Thing
-from scene_restyle import painted, restyle
+from scene_restyle import restyle
 from scene_sprites import World
 
 Pixels = NDArray[np.float32]
@@ -19,8 +19,6 @@ Pixels = NDArray[np.float32]
 CONTRAST = 45.0  # smallest distance, in grey levels, between a thing's mean colour and the background behind it
 BACKGROUNDS = 4  # how many are tried for enough contrast
 JPEG_QUALITY = 92
-PAINTED = 0.4  # of the restyled things, where the bank has a black shape of their kind
-STRETCHED = 1.5  # at most: a shape of other proportions than the thing's is not used
 
 
 @dataclass(frozen=True)
@@ -30,23 +28,15 @@ class Background:
     picture: int | None  # which picture of the bank it is a crop of
 
 
-@dataclass(frozen=True)
-class Rendered:
-    """A scene as an RGB picture."""
-
-    image: Image.Image
-    background: Background  # the first that all things stand out from, or white
-    pictures: list[int]  # which picture of the bank each thing shows: its own, unless it is restyled
-
-
-def render(world: World, scene: Scene, rng: Random, options: LayoutOptions) -> Rendered:
-    sprites = [_sprite(world.image(thing.picture), thing) for thing in scene.things]
-    pictures = [thing.picture for thing in scene.things]
+def render(world: World, scene: Scene, rng: Random, options: LayoutOptions) -> tuple[Image.Image, Background]:
+    """A scene as an RGB picture, and the background it was given: the first that all things stand out from, or white."""
+    sprites = [_sprite(world, thing) for thing in scene.things]
     if options.restyled and scene.split == "train":
         lots = Random(str([(thing.picture, thing.box) for thing in scene.things]))
-        for number, thing in enumerate(scene.things):
-            if lots.random() < options.restyled:
-                sprites[number], pictures[number] = _restyled(world, thing, sprites[number], lots)
+        sprites = [
+            restyle(sprite, lots, keep_color=thing.color is not None) if lots.random() < options.restyled else sprite
+            for thing, sprite in zip(scene.things, sprites, strict=True)
+        ]
     best, best_contrast = None, -1.0
     for _ in range(1 if options.plain else BACKGROUNDS):
         background = _white(scene.size) if options.plain else draw_background(world, scene.split, scene.size, rng)
@@ -65,7 +55,7 @@ def render(world: World, scene: Scene, rng: Random, options: LayoutOptions) -> R
         behind = canvas[top : top + height, left : left + width]
         behind *= 1 - sprite[..., 3:] / 255
         behind += sprite[..., :3]
-    return Rendered(Image.fromarray(canvas.clip(0, 255).round().astype(np.uint8)), best, pictures)
+    return Image.fromarray(canvas.clip(0, 255).round().astype(np.uint8)), best
 
 
 def encode(image: Image.Image) -> bytes:
@@ -91,26 +81,11 @@ def _white(size: int) -> Background:
     return Background(np.full((size, size, 3), 250, np.float32), "plain", None)
 
 
-def _sprite(image: Image.Image, thing: Thing) -> Pixels:
-    """A picture at a thing's size: premultiplied RGBA, or LA as it is."""
-    pixels = np.asarray(image.resize(thing.box[2:], Image.Resampling.BICUBIC, reducing_gap=2.0), np.float32)
+def _sprite(world: World, thing: Thing) -> Pixels:
+    """A thing's picture at its size, premultiplied RGBA."""
+    image = world.image(thing.picture).resize(thing.box[2:], Image.Resampling.BICUBIC, reducing_gap=2.0)
+    pixels = np.asarray(image, np.float32)
     return pixels[:, ::-1] if thing.flipped else pixels
-
-
-def _restyled(world: World, thing: Thing, sprite: Pixels, lots: Random) -> tuple[Pixels, int]:
-    """The sprite of a thing in another style, and the picture of the bank that it shows."""
-    width, height = thing.box[2:]
-    fitting = [
-        picture
-        for picture in thing.kind.one_color
-        if 1 / STRETCHED < np.divide(*world.shape(picture).size) / (width / height) < STRETCHED
-    ]
-    if fitting and lots.random() < PAINTED:
-        picture = lots.choice(fitting)
-        ink, solid = _sprite(world.shape(picture), thing).clip(0, 255).transpose(2, 0, 1)
-        mean = sprite[..., :3].sum((0, 1)) / sprite[..., 3].sum() * 255
-        return painted(ink, solid, lots, keep_color=None if thing.color is None else mean), picture
-    return restyle(sprite, lots, keep_color=thing.color is not None), thing.picture
 
 
 def _contrast(background: Pixels, thing: Thing, sprite: Pixels) -> float:

@@ -1,13 +1,11 @@
 """Drawings in styles that nobody drew: outlines, flat colours, line drawings, other tints and angles, by lot.
 
 A bank has fewer than ten drawings of a kind, and a model that sees little else learns them by heart. Restyled ones teach it
-shapes (domain randomisation: Tobin et al. 2017, arXiv:1703.06907): the drawing itself, changed, or one of the bank's black
-shapes of the same kind, painted. A drawing whose colour has a name keeps that colour.
+shapes (domain randomisation: Tobin et al. 2017, arXiv:1703.06907). A drawing whose colour has a name keeps that colour.
 
 Arrays are [height, width, channel] in 0..255: sprites with premultiplied alpha, colours without.
 """
 
-import colorsys
 from random import Random
 
 import numpy as np
@@ -18,7 +16,6 @@ from scene_sprites import visible_box
 Pixels = NDArray[np.floating]
 
 TURN = 20.0  # degrees, at most
-MOSTLY_LINES = 0.5  # of a shape's area: less ink than this is lines, more is a silhouette
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 
 
@@ -40,26 +37,6 @@ def restyle(sprite: Pixels, rng: Random, *, keep_color: bool) -> NDArray[np.floa
         ink = np.array([rng.uniform(0, 60) for _ in range(3)], np.float32)
         color = color + (ink - color) * lines
     return np.concatenate([color.clip(0, 255) * alpha, 255 * alpha], axis=2).astype(np.float32)
-
-
-def painted(ink: Pixels, solid: Pixels, rng: Random, *, keep_color: NDArray[np.float32] | None) -> NDArray[np.float32]:
-    """A black shape (its `ink`, and the ink with what it encloses, [height, width] in 0..255) as a sprite: dark lines around
-    a paint, or ink of that paint around a paler one or around nothing. The paint is `keep_color` [3], or any."""
-    lines, alpha = ink[..., None] / 255, solid[..., None] / 255
-    if keep_color is None:
-        hsv = rng.random(), rng.uniform(0.1, 1.0), rng.uniform(0.4, 1.0)
-        paint = 255 * np.array(colorsys.hsv_to_rgb(*hsv), np.float32)
-    else:
-        paint = keep_color
-    is_drawn_in_lines = lines.sum() < MOSTLY_LINES * alpha.sum()
-    if is_drawn_in_lines and (keep_color is not None or rng.random() < 0.7):
-        color = paint + (np.float32(rng.uniform(0, 60)) - paint) * lines
-    elif not is_drawn_in_lines and rng.random() < 0.5:
-        color, alpha = paint, lines
-    else:
-        pale = paint + (255 - paint) * rng.uniform(0.3, 1.0)
-        color = pale + (paint - pale) * lines
-    return np.concatenate([color * alpha, 255 * alpha], axis=2).astype(np.float32)
 
 
 def _turned(sprite: Pixels, degrees: float) -> Pixels:

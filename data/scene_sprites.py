@@ -39,7 +39,6 @@ class World:
     bank: Bank
     vocabulary: Vocabulary
     _images: dict[int, Image.Image] = field(default_factory=dict)
-    _shapes: dict[int, Image.Image] = field(default_factory=dict)
     _colors: dict[int, str | None] = field(default_factory=dict)
     _pools: dict[str, list[Kind]] = field(default_factory=dict)
     _kin: dict[tuple[str, str], list[Kind]] = field(default_factory=dict)
@@ -51,13 +50,6 @@ class World:
             whole = self.bank.pictures[picture].image()
             self._images[picture] = whole.crop(visible_box(whole.getchannel("A"))).convert("RGBa")
         return self._images[picture]
-
-    def shape(self, picture: int) -> Image.Image:
-        """A one-colour picture cut to its visible part (mode LA): its ink, and as alpha the ink with what it encloses."""
-        if picture not in self._shapes:
-            ink = self.image(picture).getchannel("a")
-            self._shapes[picture] = Image.merge("LA", (ink, with_holes_filled(ink)))
-        return self._shapes[picture]
 
     def color(self, picture: int) -> str | None:
         """The English name of a picture's colour; None when it has several, or one between two names."""
@@ -105,22 +97,6 @@ def build_world(bank: Bank, kinds: int | None = None, styles: int | None = None)
 def visible_box(alpha: Image.Image) -> tuple[int, int, int, int] | None:
     """The box of a drawing's visible part (left, top, right, bottom); None where nothing is visible."""
     return alpha.point([0] * VISIBLE + [255] * (256 - VISIBLE)).getbbox()
-
-
-def with_holes_filled(ink: Image.Image) -> Image.Image:
-    """The ink (mode L), and full where no way leads out to the border but across it."""
-    open_ = np.pad(np.asarray(ink) < 128, 1, constant_values=True)
-    outside = np.zeros_like(open_)
-    outside[0] = outside[-1] = outside[:, 0] = outside[:, -1] = True
-    reached = 0
-    while (found := int(outside.sum())) > reached:
-        reached = found
-        outside[1:] |= outside[:-1]
-        outside[:-1] |= outside[1:]
-        outside[:, 1:] |= outside[:, :-1]
-        outside[:, :-1] |= outside[:, 1:]
-        outside &= open_
-    return Image.fromarray(np.where(outside[1:-1, 1:-1], np.asarray(ink), 255).astype(np.uint8))
 
 
 def color_name(picture: Image.Image) -> str | None:

@@ -5,7 +5,6 @@ import io
 import json
 import sys
 from collections import Counter, defaultdict
-from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -25,8 +24,8 @@ from scene_kinds import SPLITS, is_new, pair_held_out
 from scene_layout import LayoutOptions, draw_scene, generator, overlap
 from scene_make import samples_of
 from scene_questions import questions
-from scene_restyle import painted, restyle
-from scene_sprites import build_world, color_name, with_holes_filled
+from scene_restyle import restyle
+from scene_sprites import build_world, color_name
 from scene_stats import SplitStats, question_only_floors
 from scene_truth import Truth, Words, counts, statement_holds
 
@@ -147,50 +146,6 @@ def test_a_restyled_drawing_keeps_its_size_and_a_named_colour(name):
         assert color_name(drawn) in (color_name(whole), None)
         changed += not np.array_equal(made, sprite)
     assert changed > 50
-
-
-def black_shape(*, ring: bool) -> Image.Image:
-    """The ink (mode L) of a disc, or of its rim."""
-    ink = Image.new("L", (60, 48))
-    ImageDraw.Draw(ink).ellipse((2, 2, 57, 45), fill=0 if ring else 255, outline=255, width=4)
-    return ink
-
-
-def test_what_a_line_encloses_is_filled():
-    ring, disc = (np.asarray(with_holes_filled(black_shape(ring=ring))) for ring in (True, False))
-    assert np.array_equal(ring, disc) and ring[24, 30] == 255 and ring[0, 0] == 0
-    broken = black_shape(ring=True)
-    ImageDraw.Draw(broken).rectangle((0, 20, 10, 28), fill=0)
-    assert np.array_equal(with_holes_filled(broken), broken), "a way leads in"
-
-
-@pytest.mark.parametrize("ring", [True, False])
-@pytest.mark.parametrize("name", ["red", "dodgerblue", "limegreen", None])
-def test_a_painted_shape_is_a_sprite_and_keeps_a_named_colour(ring, name):
-    ink = black_shape(ring=ring)
-    solid = with_holes_filled(ink)
-    color = None if name is None else np.array(ImageColor.getrgb(name), np.float32)
-    for seed in range(40):
-        made = painted(np.asarray(ink, float), np.asarray(solid, float), Random(seed), keep_color=color)
-        assert made.shape == (48, 60, 4) and made.dtype == np.float32
-        assert (made >= 0).all() and (made[..., :3] <= made[..., 3:] + 1e-3).all() and made.max() <= 255
-        if name is not None:
-            drawn = Image.fromarray(made.round().astype(np.uint8), "RGBa").convert("RGBA")
-            assert color_name(drawn) in ({"dodgerblue": "blue", "limegreen": "green"}.get(name, name), None)
-
-
-def test_black_shapes_are_shown_in_training_alone_and_credited(bank_folder):
-    bank = load_bank(bank_folder)
-    shapes = [
-        Picture(concept=name, style="game-icons", licence="CC-BY-3.0", png=drawing(name, "round")) for name in KINDS
-    ]
-    world = build_world(replace(bank, pictures=bank.pictures + shapes))
-    options = LayoutOptions(image_size=96, restyled=1.0)
-    for split, shown in (("train", True), ("val", False), ("test_style", False)):
-        records = [sample.record for sample in samples_of(world, "scenes", split, range(8), 0, options)]
-        with_shape = [any(each["style"] == "game-icons" for each in record["objects"]) for record in records]
-        assert with_shape == ["CC-BY-3.0" in record["licence"] for record in records]
-        assert any(with_shape) is shown
 
 
 def test_few_kinds_are_those_whose_colours_differ(bank_folder):

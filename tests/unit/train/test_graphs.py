@@ -1,6 +1,7 @@
-"""When a step is recorded and what it then reads, with a graph that plays nothing. `tests/gpu/test_gpu_graphs.py` plays real ones."""
+"""When a step is recorded and what it then reads, with graphs that play nothing (tests/gpu/test_gpu_graphs.py has real ones)."""
 
 from contextlib import contextmanager
+from typing import Any, cast
 
 import pytest
 import torch
@@ -53,7 +54,7 @@ def test_a_kind_of_step_is_recorded_after_its_warm_up_and_reads_the_new_batch(mo
             step([batch(number, rows)], {"examples": float(rows)})
     step([batch(0, 4)], {"examples": 5.0})  # other counts are another kind
     assert calls == [(4, 4.0), (3, 3.0)] * (WARM_UP + 1) + [(4, 5.0)]
-    assert [each.graph.played for each in step.recorded.values()] == [3, 3]
+    assert [cast(Any, each.graph).played for each in step.recorded.values()] == [3, 3]
     for each in step.recorded.values():
         (own,) = each.micro_batches
         assert (own.inputs["examples"]["x"] == WARM_UP + 2).all() and "names" not in own.inputs["examples"]
