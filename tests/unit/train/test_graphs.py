@@ -1,4 +1,4 @@
-"""When a step is recorded and what it then reads, with graphs that play nothing (tests/gpu/test_gpu_graphs.py has real ones)."""
+"""When a step is recorded and what it then reads, with graphs that play nothing; the GPU tests have real ones."""
 
 from contextlib import contextmanager
 from typing import Any, cast
