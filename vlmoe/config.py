@@ -53,6 +53,7 @@ class ModelConfig:
     vl_layers: int = 0  # top layers where pairs pass a joint VL feed-forward layer (shared_attention only)
     image_size: int = 64  # pixels
     patch_size: int = 8  # pixels
+    stem: Literal["linear", "conv"] = "linear"  # from pixels to patches: as in BEiT-3, or overlapping convolutions
     max_text_length: int = 64  # tokens, <s> and </s> included
     drop_path: float = 0.0  # of the last layer; grows linearly from 0
     ffn: FFNConfig = field(default_factory=FFNConfig)

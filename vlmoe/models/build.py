@@ -12,7 +12,7 @@ from vlmoe.errors import UserError
 from vlmoe.models.encoder import Block, Encoder
 from vlmoe.nn.attention import Attention
 from vlmoe.nn.budget import dense_cost, flops_parity_hidden_dim
-from vlmoe.nn.embed import TextEmbed, VisionEmbed
+from vlmoe.nn.embed import ConvStem, TextEmbed, VisionEmbed
 from vlmoe.nn.experts import Experts
 from vlmoe.nn.ffn import FeedForward
 from vlmoe.nn.kernels import triton_problem
@@ -46,7 +46,9 @@ def build_encoder(config: ModelConfig, vocab_size: int, *, final_norm: bool = Tr
             for layer in range(config.depth)
         ]
         encoder = Encoder(
-            vision_embed=VisionEmbed(image_size=config.image_size, patch_size=config.patch_size, dim=config.dim),
+            vision_embed=VisionEmbed(
+                image_size=config.image_size, patch_size=config.patch_size, dim=config.dim, stem=config.stem
+            ),
             text_embed=TextEmbed(vocab_size=vocab_size, max_length=config.max_text_length, dim=config.dim),
             layers=layers,
             norm=Multiway(lambda: nn.LayerNorm(config.dim, eps=1e-5), copies=attention_copies) if final_norm else None,
@@ -125,12 +127,14 @@ def init_weights(encoder: Encoder) -> None:
     hardly learn for hundreds of steps.
 
     Sparse layers keep what their modules draw (std by fan-in, for an expert is narrower than a layer; router, split and
-    merge as in their papers), with the same factor on the experts' matrices.
+    merge as in their papers), with the same factor on the experts' matrices. So does a stem of convolutions.
     """
     gain = math.sqrt(math.log(2 * len(encoder.layers)))
     init_plain = partial(_init_plain, std=0.02 * math.sqrt(768 / encoder.dim))
     for module in (encoder.vision_embed, encoder.text_embed):
         module.apply(init_plain)
+    if isinstance(encoder.vision_embed.proj, ConvStem):
+        encoder.vision_embed.proj.reset_parameters()
     for block in encoder.layers:
         assert isinstance(block, Block)
         block.attention.apply(init_plain)
@@ -150,7 +154,8 @@ def init_weights(encoder: Encoder) -> None:
 
 
 def compile_blocks(model: nn.Module) -> None:
-    """Compile the attention and the feed-forward part of each block in place; parameters keep their names.
+    """Compile the attention and the feed-forward part of each block, and a stem of convolutions, in place; parameters keep
+    their names.
 
     Part by part, for equal parts of all layers are compiled once; drop path, whose rate differs from layer to layer, stays
     outside. Streams differ in what they pass (image, text, both) and text in length, so the parts need more variants than
@@ -165,7 +170,7 @@ def compile_blocks(model: nn.Module) -> None:
         torch._inductor.config.triton.mix_order_reduction = False
     torch._dynamo.config.recompile_limit = max(RECOMPILE_LIMIT, torch._dynamo.config.recompile_limit)
     for module in model.modules():
-        if isinstance(module, (Attention, MultiwayFFN)):
+        if isinstance(module, (Attention, MultiwayFFN, ConvStem)):
             module.compile()
 
 

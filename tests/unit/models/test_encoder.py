@@ -205,6 +205,7 @@ def test_layer_ids_and_no_weight_decay():
         ({"image_size": 10}, {}, ("model.image_size", "model.patch_size")),
         ({"attn_heads": 3}, {}, ("model.dim", "model.attn_heads")),
         ({"depth": 0}, {}, ("model.depth",)),
+        ({"stem": "conv", "patch_size": 1}, {}, ("model", "stem conv", "patch_size")),
         ({"vl_layers": 1}, {}, ("model.vl_layers", "model.multiway")),
         ({"vl_layers": 3, "multiway": "shared_attention"}, {}, ("model.vl_layers", "model.depth")),
         ({}, {"num_heads": 3}, ("model.dim", "model.ffn.num_heads")),

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from vlmoe.nn.attention import Attention, plain_attention
-from vlmoe.nn.embed import TextEmbed, VisionEmbed, project_patches, resize_positions
+from vlmoe.nn.embed import ConvStem, TextEmbed, VisionEmbed, project_patches, resize_positions
 from vlmoe.nn.ffn import FeedForward
 from vlmoe.nn.mhmoe import MHMoE
 from vlmoe.nn.multiway import PER_MODALITY, SHARED, Multiway, MultiwayFFN
@@ -119,10 +119,30 @@ def test_patches_as_a_product_are_those_of_the_convolution():
     )
 
 
-def test_masked_patches_say_nothing_of_their_pixels():
-    vision, image = VisionEmbed(image_size=8, patch_size=4, dim=4), torch.randn(1, 3, 8, 8)
+@pytest.mark.parametrize("stem", ["linear", "conv"])
+def test_masked_patches_say_nothing_of_their_pixels(stem):
+    vision, image = VisionEmbed(image_size=8, patch_size=4, dim=4, stem=stem), torch.randn(1, 3, 8, 8)
     other = image.clone()
     other[..., :4, 4:] = 9.0  # the second patch
     is_masked = torch.tensor([[False, True, False, False]])
     assert torch.equal(vision(image, is_masked), vision(other, is_masked))
     assert not torch.equal(vision(image), vision(other))
+
+
+def test_conv_stem_halves_the_image_up_to_the_width():
+    stem, image = ConvStem(8, 16).double(), torch.randn(2, 3, 24, 16, dtype=torch.float64)
+    assert [tuple(conv.weight.shape[:2]) for conv in stem.convs] == [(4, 3), (8, 4), (8, 8), (16, 8), (16, 16)]
+    x = image
+    for conv, stride in zip(stem.convs, (2, 2, 1, 2, 1), strict=True):
+        x = F.pad(x, (1, 1, 1, 1))
+        windows = x.unfold(2, 3, stride).unfold(3, 3, stride)  # [B, channels, rows, columns, 3, 3]
+        x = F.gelu(torch.einsum("bcyxij,ocij->boyx", windows, conv.weight) + conv.bias[:, None, None])
+    torch.testing.assert_close(stem(image), torch.einsum("bcyx,oc->boyx", x, stem.proj.weight[..., 0, 0]))
+    wide = ConvStem(16, 384)(torch.randn(4, 3, 128, 128))  # the signal of a wide stem is neither lost nor blown up
+    assert 0.2 < wide.std() < 5
+
+
+@pytest.mark.parametrize(("patch_size", "dim"), [(12, 16), (1, 16), (16, 12)])
+def test_conv_stem_names_the_sizes_that_do_not_fit(patch_size, dim):
+    with pytest.raises(ValueError, match=rf"patch_size is {patch_size} and dim {dim}"):
+        ConvStem(patch_size, dim)
