@@ -1,6 +1,7 @@
 """The table of fine-tunings in docs/benchmarks/README.md, from the rows that finetune_table.py appended."""
 
 import csv
+from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -18,6 +19,7 @@ FIGURES = {  # task, metric -> how the page calls it
     ("pretrain", "pairs_text_image_shuffled/perplexity"): "the same with another scene's picture",
     ("pretrain", "pairs_text/unigram_perplexity"): "the same of unigrams",
 }
+HEADLINES = ("accuracy", "text_to_image/recall@1", "cider")  # what the page says of earlier runs
 TYPE = "accuracy/question_type/"
 ABOUT = """## Fine-tunings of the built-in scenes
 Percent (CIDEr: times 100) on a thousand held-out scenes or pairs each, and perplexities of pretraining. *pretrained* starts
@@ -25,16 +27,37 @@ from `recipes/pretrain/small.yaml` (NLVR2: from the run of VQA that did), *scrat
 weights too, with grey pictures: it knows the texts alone (steps are below). *Majority* gives the commonest answer to each type
 of question, or the commonest label; *chance* is a ranking by lot. An empty cell was not measured.
 """
+EARLIER = """Earlier runs, and such with another setting. Those of 60,000 scenes and of 240,000 with 0.5 restyled had linear
+patches (`stem: linear`), later ones the convolutions of the recipes:
+"""
+
+
+Figures = dict[tuple[str, str, str, str], float]  # (task, metric, split, start)
 
 
 def section(path: Path) -> str:
-    """The newest figure of each (metric, split, start). SystemExit: a column is missing or a value is no number."""
+    """The figures of the newest run of each (task, start), then what earlier ones had. SystemExit: a column is missing or a
+    value is no number."""
     with path.open(newline="", encoding="utf-8") as file:
         rows = [*csv.DictReader(file)]
     try:
-        found = {(row["task"], row["metric"], row["split"], row["start"]): float(row["value"]) for row in rows}
         runs = {(row["task"], row["start"]): row for row in rows if row["steps"]}
-        said = [f"{task} {start} {row['steps']} ({row['data']})" for (task, start), row in runs.items()]
+        found: Figures = {}
+        earlier: dict[tuple[str, str], dict[str, float]] = defaultdict(dict)
+        for row in rows:
+            key, value = (row["task"], row["metric"], row["split"], row["start"]), float(row["value"])
+            newest = runs.get((row["task"], row["start"]), row)
+            if row["start"] in STARTS and (row["data"], row["steps"]) == (
+                newest["data"],
+                newest["steps"] or row["steps"],
+            ):
+                found[key] = value
+            elif row["start"] not in ("majority", "chance") and row["metric"] in HEADLINES:
+                about = f"{row['start']}, {row['steps']} steps, {row['data']}"
+                earlier[FIGURES[key[:2]], about][row["split"]] = value
+        said = [
+            f"{task} {start} {row['steps']} ({row['data']})" for (task, start), row in runs.items() if start in STARTS
+        ]
         machines = dict.fromkeys(f"{row['hardware']}, torch {row['torch']}" for row in rows)
     except (KeyError, TypeError, ValueError) as error:
         raise SystemExit(f"{path}: a column is missing or a value is no number: {error}") from None
@@ -42,15 +65,18 @@ def section(path: Path) -> str:
     every = [(task, metric, name) for (task, metric), name in FIGURES.items()]
     lines = [ABOUT, *_table(every, found), "", "VQA by type of question, on val:", ""]
     lines += _table([("vqa", metric, metric.removeprefix(TYPE)) for metric in types], found, splits=("val",))
-    lines += ["", *_variants(found)]
-    return "\n".join([*lines, "", f"Steps: {', '.join(said)}. {'; '.join(machines)}.", "", COMMAND])
+    lines += ["", f"Steps: {', '.join(said)}. {'; '.join(machines)}.", "", *_earlier(earlier), COMMAND]
+    return "\n".join(lines)
 
 
-def _variants(found: dict[tuple[str, str, str, str], float]) -> Iterable[str]:
-    """Starts with a setting that is not the recipe's: a line each."""
-    for (task, metric, split, start), value in found.items():
-        if start not in STARTS and (task, metric) in FIGURES:
-            yield f"- {FIGURES[task, metric]} on {SPLITS[split]}, {start}: {value:.1f}"
+def _earlier(runs: dict[tuple[str, str], dict[str, float]]) -> Iterable[str]:
+    """A line for each figure of each run that another one has replaced, or that had a setting of its own."""
+    if runs:
+        yield EARLIER
+    for (figure, about), values in runs.items():
+        yield f"- {figure}, {about}: {', '.join(f'{value:.1f} on {split}' for split, value in values.items())}"
+    if runs:
+        yield ""
 
 
 COMMAND = """Made by, from `finetune.csv`:
@@ -62,7 +88,7 @@ python tools/finetune_table.py --at-once 4
 
 def _table(
     wanted: Iterable[tuple[str, str, str]],
-    found: dict[tuple[str, str, str, str], float],
+    found: Figures,
     splits: Iterable[str] = tuple(SPLITS),
 ) -> list[str]:
     lines = [f"| figure | on | {' | '.join(STARTS)} |", "|---|---|" + "---:|" * len(STARTS)]

@@ -11,6 +11,7 @@ A recipe whose `init` is the run of another one of these tasks waits for that.
 import argparse
 import json
 import multiprocessing
+import os
 import re
 import sys
 import time
@@ -42,8 +43,13 @@ def recipe_of(task: str) -> Path:
     return ROOT / "recipes" / task / "scenes_small.yaml"
 
 
-def run_one(task: str, start: str, splits: Sequence[str], overrides: Sequence[str]) -> list[dict[str, Any]]:
-    """Train one run, in a process of its own, and score it: a row per split and metric. Its output goes to a log."""
+def run_one(
+    task: str, start: str, splits: Sequence[str], overrides: Sequence[str], gpu: int, out: Path, data: str
+) -> None:
+    """Train one run, in a process of its own, and score it; each split's rows are in `out` before the next is scored. What
+    the run prints goes to a log in its folder."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0,1,2,3,4,5,6,7").split(",")[gpu]
+    multiprocessing.set_start_method("fork", force=True)  # loaders share the examples: spawned ones would copy them
     config = load(recipe_of(task), [*overrides, *STARTS[start]])
     assert isinstance(config, FinetuneConfig)
     run = Path(f"{config.out}_{start}")
@@ -56,13 +62,12 @@ def run_one(task: str, start: str, splits: Sequence[str], overrides: Sequence[st
         outcome = train(replace(config, out=str(run)))
         about = {"task": task, "start": start, "steps": config.steps}
         about["train_seconds"] = round(time.monotonic() - started)
-        rows = []
         for split in splits:
             sources = json.dumps([as_split(each, split) for each in config.data.examples.eval_sources])
             is_known = split == "val" and bool(outcome.metrics)  # its last step was scored
             figures = outcome.metrics if is_known else evaluate(run, [f"data.examples.eval_sources={sources}"])
-            rows += [about | {"split": split, "metric": name, "value": value} for name, value in figures.items()]
-    return rows
+            rows = [about | {"split": split, "metric": name, "value": value} for name, value in figures.items()]
+            append(out, rows, data)
 
 
 def task_before(task: str, start: str, overrides: Sequence[str]) -> str | None:
@@ -86,6 +91,8 @@ def of_pretraining(overrides: Sequence[str]) -> list[dict[str, Any]]:
     assert isinstance(config, FinetuneConfig) and config.init is not None
     run = Path(config.init)
     steps = load(latest_checkpoint(run) / "recipe.yaml").steps
+    if not (run / "metrics.json").is_file():
+        raise UserError(f"{run} has no metrics.json, for its last step was not reached: vlmoe evaluate {run} writes it")
     figures = json.loads((run / "metrics.json").read_text())["metrics"]
     about = {"recipe": "recipes/pretrain/small.yaml", "task": "pretrain", "start": "scratch", "steps": steps}
     return [
@@ -175,7 +182,8 @@ def main() -> int:
     add("--tasks", nargs="+", choices=TASKS, default=TASKS)
     add("--starts", nargs="+", choices=STARTS, default=STARTS)
     add("--splits", nargs="+", choices=SPLITS, default=SPLITS)
-    add("--at-once", type=int, default=1, help="runs that share the GPU (default: 1)")
+    add("--at-once", type=int, default=1, help="runs beside each other (default: 1)")
+    add("--gpus", type=int, default=1, help="GPUs to spread them over (default: 1)")
     add("--set", nargs="+", default=[], metavar="KEY=VALUE", help="overrides of every recipe")
     add("--steps", nargs="+", default=[], metavar="TASK=STEPS", help="overrides of steps, by task or by task.start")
     add("--out", type=Path, default=ROOT / "docs" / "benchmarks" / "finetune.csv")
@@ -183,37 +191,42 @@ def main() -> int:
     steps = dict(each.split("=", 1) for each in args.steps)
     data = scenes_of(args.set)
     jobs = [(task, start) for start in args.starts for task in args.tasks if (task, start) != ("retrieval", "blind")]
-    failed = False
+    waiting, failed = jobs.copy(), False
+    running: dict[Future[None], tuple[tuple[str, str], int]] = {}
+
+    def is_ready(task: str, start: str) -> bool:
+        before = task_before(task, start, args.set), start
+        return before not in waiting and before not in [job for job, _ in running.values()]
+
     with ProcessPoolExecutor(args.at_once, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
-        work: dict[Future[list[dict[str, Any]]], tuple[str, str]] = {}
-        waiting = {job: before for job in jobs if (before := task_before(*job, args.set)) in args.tasks}
-
-        def submit(task: str, start: str) -> None:
-            number = steps.get(f"{task}.{start}", steps.get(task))
-            said = [*args.set, *(f"{key}={number}" for key in ("steps", "eval_every", "checkpoint_every") if number)]
-            work[pool.submit(run_one, task, start, args.splits, said)] = task, start
-
-        for job in jobs:
-            if job not in waiting:
-                submit(*job)
-        while work:
-            for done in wait(work, return_when=FIRST_COMPLETED).done:
-                task, start = work.pop(done)
+        while waiting or running:
+            for task, start in [job for job in waiting if is_ready(*job)][: args.at_once - len(running)]:
+                waiting.remove((task, start))
+                number = steps.get(f"{task}.{start}", steps.get(task))
+                said = [
+                    *args.set,
+                    *(f"{key}={number}" for key in ("steps", "eval_every", "checkpoint_every") if number),
+                ]
+                gpu = min(range(args.gpus), key=[used for _, used in running.values()].count)
+                done = pool.submit(run_one, task, start, args.splits, said, gpu, args.out, data)
+                running[done] = (task, start), gpu
+            for done in wait(running, return_when=FIRST_COMPLETED).done:
+                (task, start), _ = running.pop(done)
                 try:
-                    append(args.out, done.result(), data)
+                    done.result()
                     print(f"{task} {start}: done", flush=True)
                 except UserError as error:
                     print(f"{task} {start}: {error}", file=sys.stderr, flush=True)
                     failed = True
-                for job in [job for job, before in waiting.items() if (before, job[1]) == (task, start)]:
-                    del waiting[job]
-                    submit(*job)
     if "pretrained" in args.starts:
-        append(args.out, of_pretraining(args.set), data)
         for task in args.tasks:
             append(args.out, without_looking(task, args.splits, args.set), data)
+        append(args.out, of_pretraining(args.set), data)
     return int(failed)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except UserError as error:
+        sys.exit(f"finetune_table.py: {error}")

@@ -195,6 +195,7 @@ class PretrainConfig(RunConfig):
     pair_text_mask_ratio: float = 0.5
     load_balancing: float = 1e-2  # weight of the load-balancing loss, summed over layers
     router_z: float = 0.0  # weight of the router z-loss, summed over layers
+    cuda_graphs: bool = False  # as in a fine-tuning
 
 
 @dataclass(kw_only=True)
@@ -207,17 +208,11 @@ class FinetuneConfig(RunConfig):
     freeze_routers: bool = False
     load_balancing: float = 1e-2  # weight of the load-balancing loss, summed over layers
     router_z: float = 0.0  # weight of the router z-loss, summed over layers
-
-
-@dataclass(kw_only=True)
-class GraphedConfig(FinetuneConfig):
-    """Fine-tunings whose steps wait for no device."""
-
     cuda_graphs: bool = False  # one GPU plays recorded steps: no waiting for the host's launches; nothing elsewhere
 
 
 @dataclass(kw_only=True)
-class VQAConfig(GraphedConfig):
+class VQAConfig(FinetuneConfig):
     """Visual question answering as classification over the frequent answers."""
 
     labels: str | None = None  # file with an answer a line; None: the frequent answers of `data.examples.sources`
@@ -226,12 +221,12 @@ class VQAConfig(GraphedConfig):
 
 
 @dataclass(kw_only=True)
-class NLVR2Config(GraphedConfig):
+class NLVR2Config(FinetuneConfig):
     """Is a sentence true of two pictures?"""
 
 
 @dataclass(kw_only=True)
-class ClassificationConfig(GraphedConfig):
+class ClassificationConfig(FinetuneConfig):
     """Image classification."""
 
     labels: str | None = None  # file with a label a line; None: those of `data.examples.sources`, sorted
@@ -239,7 +234,7 @@ class ClassificationConfig(GraphedConfig):
 
 
 @dataclass(kw_only=True)
-class RetrievalConfig(GraphedConfig):
+class RetrievalConfig(FinetuneConfig):
     """Which picture goes with a text, and which text with a picture: a dual encoder, trained by contrast."""
 
 

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from vlmoe.data.transforms import to_float
@@ -24,6 +26,7 @@ def collate(
     - one-dimensional tensors named `text_*` are padded to the same length: bool with False, ids with `pad_id`.
     - pixels (uint8 [3, height, width]) are stacked as they lie in memory, colours last; `to_device` makes them float.
     - other tensors have one shape and are stacked; all else becomes a list.
+    - masks (bool, named `*_masked`) come with `*_masked_at`, the same as `positions`, so that a GPU need not count.
 
     Raises:
         ValueError: there is text but no `pad_id`.
@@ -45,7 +48,15 @@ def collate(
             batch[name] = torch.stack([pixels.permute(1, 2, 0) for pixels in values]).permute(0, 3, 1, 2)
         else:
             batch[name] = torch.stack(values)
-    return batch
+    masks = [name for name, value in batch.items() if name.endswith("_masked") and value.dtype == torch.bool]
+    return batch | {f"{name}_at": positions(batch[name]) for name in masks}
+
+
+def positions(mask: Bool[Tensor, "batch length"]) -> Int[Tensor, " count"]:
+    """Where a mask is True, counted row by row over the whole batch; -1 fills up to a multiple of the number of rows, so that
+    batches seldom differ in their count."""
+    found = mask.flatten().nonzero()[:, 0]
+    return F.pad(found, (0, -len(found) % len(mask)), value=-1)
 
 
 def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:

@@ -244,6 +244,8 @@ def _load(
     device: torch.device,
     start_method: str | None,
 ) -> Iterator[Batch]:
+    if not work:  # a run that is complete starts no processes
+        return
     loader = DataLoader(
         dataset,
         batch_size=None,

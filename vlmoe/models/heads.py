@@ -64,12 +64,18 @@ class PretrainModel(nn.Module):
         text_padding: Bool[Tensor, "B L"] | None = None,
         image_masked: Bool[Tensor, "B P"] | None = None,
         text_masked: Bool[Tensor, "B L"] | None = None,
+        image_masked_at: Int[Tensor, " masked_patches"] | None = None,
+        text_masked_at: Int[Tensor, " masked_text"] | None = None,
     ) -> PretrainOutput:
-        """`text` holds the mask id already; `text_masked` and `image_masked` (True = masked) say where to predict."""
+        """`text` holds the mask id already; `text_masked` and `image_masked` (True = masked) say where to predict, and so does
+        `*_masked_at`, where given: positions as of `vlmoe.data.batch.positions`, whose number no device is asked for."""
         out = self.encoder(image, text, text_padding=text_padding, image_masked=image_masked)
         text_states, patch_states = out.states[:, out.num_vision :], out.states[:, 1 : out.num_vision]
-        text_logits = None if text_masked is None else self.mlm_head(text_states[text_masked])
-        image_logits = None if image_masked is None else self.mim_head(patch_states[image_masked])
+        text_logits, image_logits = None, None
+        if text_masked is not None:
+            text_logits = self.mlm_head(states_at(text_states, text_masked, text_masked_at))
+        if image_masked is not None:
+            image_logits = self.mim_head(states_at(patch_states, image_masked, image_masked_at))
         return PretrainOutput(out.states, out.routings, out.num_vision, text_logits, image_logits)
 
 
@@ -195,12 +201,14 @@ class CaptioningModel(nn.Module):
         text_masked: Bool[Tensor, "B L"],
         text_padding: Bool[Tensor, "B L"] | None = None,
         image_b: None = None,
+        text_masked_at: Int[Tensor, " masked"] | None = None,
     ) -> TaskOutput:
-        """Logits [masked, vocab] at the positions of `text_masked` in row-major order."""
+        """Logits [masked, vocab] at the positions of `text_masked` in row-major order, or at those of `text_masked_at`."""
         num_vision = 1 + self.encoder.vision_embed.num_patches
         blocked = prefix_lm_blocked(num_vision, text.shape[1], device=text.device)
         out = self.encoder(image, text, text_padding=text_padding, blocked=blocked)
-        return TaskOutput(self.mlm_head(out.states[:, num_vision:][text_masked]), out.routings)
+        states = states_at(out.states[:, num_vision:], text_masked, text_masked_at)
+        return TaskOutput(self.mlm_head(states), out.routings)
 
 
 class ClassificationModel(nn.Module):
@@ -223,6 +231,18 @@ class ClassificationModel(nn.Module):
     ) -> TaskOutput:
         out = self.encoder(image)
         return TaskOutput(self.head(self.fc_norm(out.states[:, 1:].mean(1))), out.routings)
+
+
+def states_at(
+    states: Float[Tensor, "B n d"], masked: Bool[Tensor, "B n"], at: Int[Tensor, " count"] | None
+) -> Float[Tensor, "count d"]:
+    """The states where the mask is True; with `at`, which says the same in positions, those there (some state at -1)."""
+    return states[masked] if at is None else states.flatten(0, 1).index_select(0, at.clamp(min=0))
+
+
+def targets_at(targets: Int[Tensor, "B n"], at: Int[Tensor, " count"]) -> Int[Tensor, " count"]:
+    """The targets at positions, and -100, which cross-entropy leaves out, where the position is -1."""
+    return torch.where(at < 0, -100, targets.flatten().index_select(0, at.clamp(min=0)))
 
 
 def prefix_lm_blocked(num_vision: int, num_text: int, *, device: torch.device | None = None) -> Bool[Tensor, "S S"]:

@@ -22,9 +22,10 @@ from vlmoe.metrics import caption_scores
 from vlmoe.models import CaptioningModel, build_encoder
 from vlmoe.models.build import check_model
 from vlmoe.models.generate import generate_captions
+from vlmoe.models.heads import targets_at
 from vlmoe.tasks import finetune
 from vlmoe.tasks.start import start_encoder, start_heads
-from vlmoe.tasks.task import Inputs, TaskLoss
+from vlmoe.tasks.task import Inputs, TaskLoss, Totals
 
 MASKED, REPLACED = 0.8, 0.1  # of the hidden tokens; the rest stays
 
@@ -88,11 +89,14 @@ class Captioning:
         part = inputs["examples"]
         return {"words": int(part["text_masked"].sum()), "micro_batches": 1}
 
-    def loss(self, model: nn.Module, inputs: Inputs, num_targets: dict[str, float]) -> TaskLoss:
+    def loss(self, model: nn.Module, inputs: Inputs, num_targets: Totals) -> TaskLoss:
         """Cross-entropy with the released code's label smoothing, which spreads it over the *other* words."""
         part = inputs["examples"]
-        out = model(part["image"], part["text"], text_padding=part["text_padding"], text_masked=part["text_masked"])
-        targets, vocab_size = part["text_target"][part["text_masked"]], out.logits.shape[1]
+        out = model(
+            part["image"], part["text"], text_padding=part["text_padding"], text_masked=part["text_masked"],
+            text_masked_at=part["text_masked_at"],
+        )  # fmt: skip
+        targets, vocab_size = targets_at(part["text_target"], part["text_masked_at"]), out.logits.shape[1]
         smoothing = self.config.label_smoothing * vocab_size / (vocab_size - 1)
         smoothed = F.cross_entropy(out.logits.float(), targets, reduction="sum", label_smoothing=min(smoothing, 1.0))
         right = (out.logits.argmax(-1) == targets).sum() / num_targets["words"]

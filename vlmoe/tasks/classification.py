@@ -18,7 +18,7 @@ from vlmoe.models.heads import ClassificationModel
 from vlmoe.tasks import finetune
 from vlmoe.tasks.labels import LABELS_FILE, labels_text, read_labels
 from vlmoe.tasks.start import start_encoder
-from vlmoe.tasks.task import Inputs, TaskLoss
+from vlmoe.tasks.task import Inputs, TaskLoss, Totals
 
 TOP = 5  # labels of a prediction
 
@@ -93,7 +93,7 @@ class Classification:
     def num_targets(self, inputs: Inputs) -> dict[str, int]:
         return {"images": len(inputs["examples"]["image"]), "micro_batches": 1}
 
-    def loss(self, model: nn.Module, inputs: Inputs, num_targets: dict[str, float]) -> TaskLoss:
+    def loss(self, model: nn.Module, inputs: Inputs, num_targets: Totals) -> TaskLoss:
         part = inputs["examples"]
         out = model(part["image"])
         smoothing = self.config.label_smoothing

@@ -41,7 +41,7 @@ def freeze_routers(model: nn.Module) -> None:
 
 
 def auxiliary_loss(
-    routings: Mapping[str, Routing], config: FinetuneConfig, num_micro_batches: float
+    routings: Mapping[str, Routing], config: FinetuneConfig, num_micro_batches: float | Tensor
 ) -> tuple[Tensor | float, dict[str, Tensor]]:
     """(weighted sum over expert banks for one micro-batch, the terms for the log); (0, {}) for a dense model."""
     if not routings:

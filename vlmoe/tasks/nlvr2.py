@@ -17,7 +17,7 @@ from vlmoe.models.build import build_encoder, check_model
 from vlmoe.models.heads import NLVR2Model
 from vlmoe.tasks import finetune
 from vlmoe.tasks.start import start_encoder
-from vlmoe.tasks.task import Inputs, TaskLoss
+from vlmoe.tasks.task import Inputs, TaskLoss, Totals
 
 LABELS = ("False", "True")  # classes 0 and 1 of the released heads
 
@@ -81,7 +81,7 @@ class NLVR2:
     def num_targets(self, inputs: Inputs) -> dict[str, int]:
         return {"sentences": len(inputs["examples"]["image"]), "micro_batches": 1}
 
-    def loss(self, model: nn.Module, inputs: Inputs, num_targets: dict[str, float]) -> TaskLoss:
+    def loss(self, model: nn.Module, inputs: Inputs, num_targets: Totals) -> TaskLoss:
         part = inputs["examples"]
         out = model(part["image"], part["text"], image_b=part["image_b"], text_padding=part["text_padding"])
         loss = F.cross_entropy(out.logits.float(), part["label"], reduction="sum") / num_targets["sentences"]

@@ -26,11 +26,11 @@ from vlmoe.errors import UserError
 from vlmoe.metrics.perplexity import perplexity, unigram_perplexity
 from vlmoe.models.build import build_encoder, check_model
 from vlmoe.models.cost import describe_model
-from vlmoe.models.heads import PretrainModel
+from vlmoe.models.heads import PretrainModel, targets_at
 from vlmoe.models.visual_tokenizer import VisualTokenizer, load_visual_tokenizer
 from vlmoe.nn.router import Routing, load_balancing_loss, router_z_loss
 from vlmoe.tasks.start import start_encoder, start_heads
-from vlmoe.tasks.task import Inputs, TaskLoss
+from vlmoe.tasks.task import Inputs, TaskLoss, Totals
 
 
 class Pretrain:
@@ -106,7 +106,7 @@ class Pretrain:
         }
         return {**masked, "micro_batches": 1}
 
-    def loss(self, model: nn.Module, inputs: Inputs, num_targets: dict[str, float]) -> TaskLoss:
+    def loss(self, model: nn.Module, inputs: Inputs, num_targets: Totals) -> TaskLoss:
         total, metrics = torch.zeros((), device=next(model.parameters()).device), {}
         routings: dict[str, list[Routing]] = defaultdict(list)
         for stream, part in inputs.items():
@@ -177,18 +177,20 @@ class Pretrain:
             text_padding=part.get("text_padding"),
             image_masked=part.get("image_masked"),
             text_masked=part.get("text_masked"),
+            image_masked_at=part.get("image_masked_at"),
+            text_masked_at=part.get("text_masked_at"),
         )
 
     def _predictions(self, out: Any, part: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-        """What is predicted -> logits at its masked positions, and the right answers."""
+        """What is predicted -> logits at its masked positions, and the right answers (-100: no position)."""
         found = {}
         if "text" in part:
-            found["text"] = out.text_logits, part["text"][part["text_masked"]]
+            found["text"] = out.text_logits, targets_at(part["text"], part["text_masked_at"])
         if "image" in part:
             assert self.codes_of is not None
             with torch.no_grad(), torch.autocast(part["image"].device.type, enabled=False):
                 codes = self.codes_of.encode(part["image"])
-            found["image"] = out.image_logits, codes[part["image_masked"]]
+            found["image"] = out.image_logits, targets_at(codes, part["image_masked_at"])
         return found
 
 
@@ -217,6 +219,7 @@ def _sum_over_layers(routings: dict[str, list[Routing]], loss: Any) -> Tensor:
 
 
 def _summary(logits: Tensor, targets: Tensor) -> dict[str, Any]:
+    logits, targets = logits[targets >= 0], targets[targets >= 0]
     return {
         "n": len(targets),
         "nll": float(F.cross_entropy(logits.float(), targets, reduction="sum")),

@@ -23,7 +23,7 @@ from vlmoe.models.build import check_model
 from vlmoe.tasks import finetune
 from vlmoe.tasks.contrast import contrastive_loss
 from vlmoe.tasks.start import start_encoder, start_heads
-from vlmoe.tasks.task import Inputs, TaskLoss
+from vlmoe.tasks.task import Inputs, TaskLoss, Totals
 
 KS = (1, 5, 10)
 
@@ -85,7 +85,7 @@ class Retrieval:
         part = inputs["examples"]
         return {"pairs": len(part["image"]), "micro_batches": 1}
 
-    def loss(self, model: nn.Module, inputs: Inputs, num_targets: dict[str, float]) -> TaskLoss:
+    def loss(self, model: nn.Module, inputs: Inputs, num_targets: Totals) -> TaskLoss:
         part = inputs["examples"]
         out = model(part["image"], part["text"], text_padding=part["text_padding"])
         contrast = contrastive_loss(out.image_embedding, out.text_embedding, out.logit_scale, part["image_key"])

@@ -1,6 +1,6 @@
 """What a task is: everything that differs between pretraining, the visual tokenizer and the fine-tunings."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from vlmoe.data import Sample, SamplePlace, SampleStream
 
 Inputs = dict[str, dict[str, Any]]  # stream -> its collated tensors
+Totals = Mapping[str, float | Tensor]  # how many things each term of a loss averages over
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class Task(Protocol):
         """How many things each term of the loss averages over; the trainer sums them over ranks and micro-batches."""
         ...
 
-    def loss(self, model: nn.Module, inputs: Inputs, num_targets: dict[str, float]) -> TaskLoss:
+    def loss(self, model: nn.Module, inputs: Inputs, num_targets: Totals) -> TaskLoss:
         """Sum over this micro-batch divided by `num_targets`, so that splitting a batch changes nothing."""
         ...
 

@@ -15,7 +15,7 @@ from vlmoe.data.transforms import eval_transform, train_transform
 from vlmoe.errors import UserError
 from vlmoe.metrics.perplexity import unigram_perplexity
 from vlmoe.models.visual_tokenizer import VisualTokenizer, build_visual_tokenizer
-from vlmoe.tasks.task import Inputs, TaskLoss
+from vlmoe.tasks.task import Inputs, TaskLoss, Totals
 
 
 class TrainVisualTokenizer:
@@ -60,7 +60,7 @@ class TrainVisualTokenizer:
     def num_targets(self, inputs: Inputs) -> dict[str, int]:
         return {"images": len(inputs["images"]["image"])}
 
-    def loss(self, model: nn.Module, inputs: Inputs, num_targets: dict[str, float]) -> TaskLoss:
+    def loss(self, model: nn.Module, inputs: Inputs, num_targets: Totals) -> TaskLoss:
         image = inputs["images"]["image"]
         out = model(image)
         share = len(image) / num_targets["images"]

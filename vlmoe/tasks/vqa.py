@@ -26,7 +26,7 @@ from vlmoe.models.heads import VQAModel
 from vlmoe.tasks import finetune
 from vlmoe.tasks.labels import LABELS_FILE, labels_text, read_labels
 from vlmoe.tasks.start import start_encoder
-from vlmoe.tasks.task import Inputs, TaskLoss
+from vlmoe.tasks.task import Inputs, TaskLoss, Totals
 
 
 def bce(logits: Float[Tensor, "questions answers"], targets: Float[Tensor, "questions answers"]) -> Float[Tensor, ""]:
@@ -111,7 +111,7 @@ class VQA:
     def num_targets(self, inputs: Inputs) -> dict[str, int]:
         return {"questions": len(inputs["examples"]["image"]), "micro_batches": 1}
 
-    def loss(self, model: nn.Module, inputs: Inputs, num_targets: dict[str, float]) -> TaskLoss:
+    def loss(self, model: nn.Module, inputs: Inputs, num_targets: Totals) -> TaskLoss:
         part = inputs["examples"]
         out = model(part["image"], part["text"], text_padding=part["text_padding"])
         loss = LOSSES[self.config.loss](out.logits.float(), part["targets"]) / num_targets["questions"]

@@ -120,7 +120,7 @@ def _train(config: RunConfig, ranks: parallel.Ranks) -> Outcome:
                 _name(batch.bad, bad.causes)
                 bad.add(batch.bad, seen=batch.seen)
             _prepare_step(config, model, optimizer, step, ranks)
-            found = update(micro_batches, _num_targets(micro_batches))
+            found = update(micro_batches, _num_targets(micro_batches, ranks.device))
             is_last = step == last or parallel.on_any_rank(stop.is_set())
             at_log, at_eval = step % config.log_every == 0, step % config.eval_every == 0 or step == config.steps
             at_save = step % config.checkpoint_every == 0 or is_last
@@ -187,7 +187,7 @@ def _update(
     optimizer: torch.optim.Optimizer,
     ranks: parallel.Ranks,
     micro_batches: list[Batch],
-    totals: dict[str, float],
+    totals: dict[str, Tensor],
 ) -> dict[str, Tensor]:
     """One optimiser step; returns the loss, its parts and the gradient norm, summed over micro-batches and ranks."""
     sums: dict[str, Tensor] = {}
@@ -379,8 +379,9 @@ def _step_seed(seed: int, step: int, rank: int) -> int:
     return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-def _num_targets(micro_batches: list[Batch]) -> dict[str, float]:
+def _num_targets(micro_batches: list[Batch], device: torch.device) -> dict[str, Tensor]:
     """Of the whole step: summed over micro-batches and ranks, in the processor's memory, so that no device is waited for."""
     counts = [batch.num_targets for batch in micro_batches]
     local = torch.tensor([sum(each[name] for each in counts) for name in counts[0]], dtype=torch.float64)
-    return dict(zip(counts[0], parallel.sum_over_ranks(local).tolist(), strict=True))
+    total = parallel.sum_over_ranks(local).to(torch.float32).to(device, non_blocking=True)
+    return dict(zip(counts[0], total.unbind(), strict=True))

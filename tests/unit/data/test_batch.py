@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vlmoe.data.batch import collate, to_device
+from vlmoe.data.batch import collate, positions, to_device
 
 
 def _sample(length):
@@ -19,7 +19,10 @@ def _sample(length):
 
 def test_text_is_padded_and_the_rest_is_stacked():
     batch = collate([_sample(3), _sample(5)], pad_id=1, max_text_length=20)
-    assert list(batch) == ["image", "text", "text_padding", "text_masked", "image_masked", "caption", "id"]
+    assert list(batch) == [
+        "image", "text", "text_padding", "text_masked", "image_masked", "caption", "id", "text_masked_at", "image_masked_at"
+    ]  # fmt: skip
+    assert batch["text_masked_at"].tolist() == [0, 1, 2, 8, 9, 10, 11, 12]
     assert batch["text"].tolist() == [[10, 11, 12, 1, 1, 1, 1, 1], [10, 11, 12, 13, 14, 1, 1, 1]]
     assert batch["text"].dtype == torch.int64
     assert batch["text_padding"].tolist() == (batch["text"] == 1).tolist()
@@ -50,6 +53,12 @@ def test_a_padding_id_inside_a_text_is_a_token():
 )
 def test_padded_width(longest, limit, width):
     assert collate([_sample(2), _sample(longest)], pad_id=1, max_text_length=limit)["text"].shape == (2, width)
+
+
+def test_positions_are_filled_up_to_a_multiple_of_the_batch():
+    mask = torch.tensor([[False, True, True], [True, False, False], [False, False, True]])
+    assert positions(mask).tolist() == [1, 2, 3, 8, -1, -1] and positions(mask).dtype == torch.int64
+    assert positions(~mask[:, :1]).tolist() == [0, 2, -1]
 
 
 def test_text_needs_a_pad_id():

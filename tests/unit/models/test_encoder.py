@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from vlmoe.config import FFNConfig, ModelConfig
+from vlmoe.data.batch import positions
 from vlmoe.errors import UserError
 from vlmoe.models import PretrainModel, RetrievalModel, build_encoder, layer_ids, no_weight_decay
 from vlmoe.models.build import expert_dim
@@ -150,6 +151,11 @@ def test_pretrain_model_predicts_at_masked_positions_in_order(given):
     torch.testing.assert_close(out.text_logits, model.mlm_head(torch.stack(text)))
     torch.testing.assert_close(out.image_logits, model.mim_head(torch.stack(image)))
     assert out.num_vision == 1 + PATCHES and torch.equal(out.states, states)
+    masks = {"image_masked": image_masked, "text_masked": text_masked}
+    at = {f"{name}_at": positions(mask) for name, mask in masks.items()}
+    same = model(**given, **masks, **at)
+    torch.testing.assert_close(same.text_logits[at["text_masked_at"] >= 0], out.text_logits)
+    torch.testing.assert_close(same.image_logits[at["image_masked_at"] >= 0], out.image_logits)
     assert model(given["image"]).text_logits is None and model(given["image"]).image_logits is None
 
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from vlmoe.config import RunConfig, load, to_yaml
 from vlmoe.data import to_float
+from vlmoe.data.batch import positions
 from vlmoe.errors import UserError
 from vlmoe.metrics import recall_at_k
 from vlmoe.models.weights import latest_checkpoint, read_tensors
@@ -158,6 +159,7 @@ def test_label_smoothing_is_the_released_codes(recipe):
     sample = task.training.load(0)
     part = {k: v[None] for k, v in task.prepare(sample, "examples", np.random.default_rng(0), True).items()}
     part["text_padding"] = torch.zeros_like(part["text"], dtype=torch.bool)
+    part["text_masked_at"] = positions(part["text_masked"])
     part["image"] = to_float(part["image"])
     targets = task.num_targets({"examples": part})
     loss = task.loss(model, {"examples": part}, targets).metrics["words"]

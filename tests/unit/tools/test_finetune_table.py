@@ -51,21 +51,24 @@ def test_chance_of_a_text_by_counting():
     assert found[1] == pytest.approx(50.0) and found[5] == found[10] == 100.0
 
 
-def test_the_page_has_the_newest_figure_of_each_start(tmp_path):
+def test_the_page_has_the_newest_run_of_each_start_and_says_what_earlier_ones_had(tmp_path):
     table = tmp_path / "finetune.csv"
     rows = [
-        {"task": "vqa", "start": start, "steps": 9, "train_seconds": 1, "split": "val", "metric": metric, "value": value}
-        for start, metric, value in [
-            ("pretrained", "accuracy", 10.0), ("pretrained", "accuracy", 55.04), ("blind", "accuracy", 30.0),
-            ("majority", "accuracy", 25.0), ("pretrained", "accuracy/question_type/color", 61.0),
-            ("pretrained, loss=bce", "accuracy", 44.0),
+        {"task": "vqa", "start": start, "steps": steps, "train_seconds": 1, "split": split, "metric": metric, "value": value}
+        for start, steps, split, metric, value in [
+            ("pretrained", 8, "val", "accuracy", 10.0), ("pretrained", 8, "test", "accuracy", 11.0),
+            ("pretrained", 9, "val", "accuracy", 55.04), ("blind", 9, "val", "accuracy", 30.0),
+            ("majority", "", "val", "accuracy", 25.0), ("pretrained", 9, "val", "accuracy/question_type/color", 61.0),
+            ("pretrained, loss=bce", 9, "val", "accuracy", 44.0),
         ]
     ]  # fmt: skip
     finetune_table.append(table, rows, "60 scenes")
     text = finetune_page.section(table)
     assert "| VQA accuracy | held-out scenes (val) | 55.0 |  | 30.0 | 25.0 |  |" in text
     assert "| color | held-out scenes (val) | 61.0 |" in text and "vqa pretrained 9 (60 scenes)" in text
-    assert "- VQA accuracy on held-out scenes (val), pretrained, loss=bce: 44.0" in text
+    assert "- VQA accuracy, pretrained, 8 steps, 60 scenes: 10.0 on val, 11.0 on test" in text
+    assert "(test) |" not in text  # the newest run was not scored on it
+    assert "- VQA accuracy, pretrained, loss=bce, 9 steps, 60 scenes: 44.0 on val" in text
     table.write_text(table.read_text().replace("55.04", "many"))
     with pytest.raises(SystemExit, match=r"finetune.csv: .*many"):
         finetune_page.section(table)

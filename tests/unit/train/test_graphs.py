@@ -44,20 +44,20 @@ def test_a_kind_of_step_is_recorded_after_its_warm_up_and_reads_the_new_batch(mo
     monkeypatch.setattr(torch.cuda, "graph", recording)
     calls: list[tuple[int, float]] = []
 
-    def update(micro_batches: list[Batch], totals: dict[str, float]) -> dict[str, Tensor]:
-        calls.append((len(micro_batches[0].inputs["examples"]["x"]), totals["examples"]))
+    def update(micro_batches: list[Batch], totals: dict[str, Tensor]) -> dict[str, Tensor]:
+        calls.append((len(micro_batches[0].inputs["examples"]["x"]), float(totals["examples"])))
         return {"loss": torch.zeros(())}
 
     step = GraphedUpdate(update, optimizer())
     for number in range(WARM_UP + 3):
         for rows in (4, 3):
-            step([batch(number, rows)], {"examples": float(rows)})
-    step([batch(0, 4)], {"examples": 5.0})  # other counts are another kind
-    assert calls == [(4, 4.0), (3, 3.0)] * (WARM_UP + 1) + [(4, 5.0)]
+            step([batch(number, rows)], {"examples": torch.tensor(10.0 * number + rows)})
+    assert calls == [(rows, 10.0 * number + rows) for number in range(WARM_UP + 1) for rows in (4, 3)]
     assert [cast(Any, each.graph).played for each in step.recorded.values()] == [3, 3]
     for each in step.recorded.values():
         (own,) = each.micro_batches
         assert (own.inputs["examples"]["x"] == WARM_UP + 2).all() and "names" not in own.inputs["examples"]
+        assert each.totals["examples"] == 10 * (WARM_UP + 2) + len(own.inputs["examples"]["x"])
 
 
 def test_the_learning_rate_is_a_tensor_that_is_filled():
@@ -72,7 +72,7 @@ def test_a_step_that_waits_is_said(monkeypatch):
     monkeypatch.setattr(torch.cuda, "CUDAGraph", SilentGraph)
     monkeypatch.setattr(torch.cuda, "graph", recording)
 
-    def update(micro_batches: list[Batch], totals: dict[str, float]) -> dict[str, Tensor]:
+    def update(micro_batches: list[Batch], totals: dict[str, Tensor]) -> dict[str, Tensor]:
         if len(waited) == WARM_UP:
             raise RuntimeError("operation not permitted when stream is capturing\nmore")
         waited.append(None)
@@ -82,4 +82,4 @@ def test_a_step_that_waits_is_said(monkeypatch):
     step = GraphedUpdate(update, optimizer())
     with pytest.raises(UserError, match=r"stream is capturing\): set cuda_graphs=false"):
         for _ in range(WARM_UP + 1):
-            step([batch(1, 2)], {"examples": 2.0})
+            step([batch(1, 2)], {"examples": torch.tensor(2.0)})
