@@ -195,7 +195,7 @@ def _jsonl(source: ExamplesSource) -> Iterator[Example]:
             meta["answers"] = list(islice(cycle(answers), max(ANSWERS, len(answers))))
             meta["multiple_choice_answer"] = max(answers, key=answers.count)
             meta |= {key: str(row.get(key, "other")) for key in ("question_type", "answer_type")}
-        key = _get(row, "id", (int, str), where) if "id" in row else f"{Path(source.index).stem}-{number}"
+        key = _get(row, "id", (int, str), where) if "id" in row else f"{Path(source.index).with_suffix('')}-{number}"
         yield Example(key, images, where, tuple(texts), meta)
 
 

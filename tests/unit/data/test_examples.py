@@ -103,6 +103,16 @@ def change(name, line, **row):
     return edit
 
 
+def test_rows_without_an_id_are_known_by_their_file_and_line(tiny_examples, tmp_path):
+    sources = []
+    for folder in ("one", "other"):
+        (tmp_path / folder).mkdir()
+        shutil.copy(tiny_examples.folder / "val.jsonl", tmp_path / folder)
+        sources.append({**tiny_examples.source("jsonl", "val"), "index": str(tmp_path / folder / "val.jsonl")})
+    ids = [example.id for example in opened(*sources)]
+    assert len(set(ids)) == 32 and ids[0] == str(tmp_path / "one" / "val-1")
+
+
 def test_a_name_that_is_no_utf8_can_be_held_out(tiny_examples, tmp_path):
     for name in (b"a.png", b"\xff.png"):
         path = os.path.join(os.fsencode(tmp_path), b"disc", name)
@@ -138,7 +148,7 @@ def cut(name, by=9):
         ("jsonl", change("train.jsonl", 4, image=None), "train.jsonl:5: 'image' is missing; it must be of type str"),
         ("jsonl", change("train.jsonl", 4, text=[1]), "train.jsonl:5: 'text' must be a string or a list of strings"),
         ("jsonl", change("train.jsonl", 4, answers="red"), "train.jsonl:5: 'answers' must be a string or a list"),
-        ("jsonl", change("train.jsonl", 4, id="train-1"), "train.jsonl:5: id 'train-1' comes twice"),
+        ("jsonl", lambda f: [change("train.jsonl", n, id="a")(f) for n in (2, 4)], "train.jsonl:5: id 'a' comes twice"),
         ("jsonl", change("train.jsonl", 4, image="no.png"), "train.jsonl:5: there is no picture 'no.png' in"),
         ("jsonl", cut("train.jsonl"), "train.jsonl:64 is not valid JSON"),
         ("jsonl", cut("images/0007.png", by=40), "train.jsonl:8: picture '0007.png' in"),
