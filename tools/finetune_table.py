@@ -188,6 +188,8 @@ def main() -> int:
     add("--steps", nargs="+", default=[], metavar="TASK=STEPS", help="overrides of steps, by task or by task.start")
     add("--out", type=Path, default=ROOT / "docs" / "benchmarks" / "finetune.csv")
     args = parser.parse_args()
+    if args.gpus > max(1, there := torch.cuda.device_count()):
+        raise UserError(f"--gpus {args.gpus}: this machine has {there}")
     steps = dict(each.split("=", 1) for each in args.steps)
     data = scenes_of(args.set)
     jobs = [(task, start) for start in args.starts for task in args.tasks if (task, start) != ("retrieval", "blind")]
