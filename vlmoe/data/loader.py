@@ -6,6 +6,7 @@ accumulation steps and worker processes. The random numbers of a sample come fro
 """
 
 import signal
+import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -79,7 +80,8 @@ def build_loader(
         device: where the tensors go; from pinned memory if it is a GPU.
         pad_id, max_text_length: see `collate`.
         count: called with the inputs of each batch before they leave for the device, where counting would wait for it.
-        start_method: of the worker processes: fork, spawn or forkserver; None is the platform's.
+        start_method: of the worker processes: fork, spawn or forkserver; None is fork on Linux, whatever the Python and
+            the process that asks, for forked workers share the examples and others each get a copy; elsewhere the platform's.
 
     Raises:
         UserError: a batch size cannot be shared out evenly; while iterating: nine broken samples in a row.
@@ -252,7 +254,7 @@ def _load(
         sampler=work,
         num_workers=workers,
         persistent_workers=workers > 0,
-        multiprocessing_context=start_method if workers else None,
+        multiprocessing_context=(start_method or ("fork" if sys.platform == "linux" else None)) if workers else None,
         worker_init_fn=_init_worker,
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),  # its own: making an iterator would advance the global one

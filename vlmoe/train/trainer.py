@@ -383,5 +383,5 @@ def _num_targets(micro_batches: list[Batch], device: torch.device) -> dict[str, 
     """Of the whole step: summed over micro-batches and ranks, in the processor's memory, so that no device is waited for."""
     counts = [batch.num_targets for batch in micro_batches]
     local = torch.tensor([sum(each[name] for each in counts) for name in counts[0]], dtype=torch.float64)
-    total = parallel.sum_over_ranks(local).to(torch.float32).to(device, non_blocking=True)
+    total = parallel.sum_over_ranks(local).to(device, torch.float32, non_blocking=True)
     return dict(zip(counts[0], total.unbind(), strict=True))
