@@ -30,8 +30,6 @@ of question, or the commonest label; *chance* is a ranking by lot. An empty cell
 EARLIER = """Earlier runs, and such with another setting. Those of 60,000 scenes and of 240,000 with 0.5 restyled had linear
 patches (`stem: linear`), later ones the convolutions of the recipes:
 """
-
-
 Figures = dict[tuple[str, str, str, str], float]  # (task, metric, split, start)
 
 
@@ -47,12 +45,9 @@ def section(path: Path) -> str:
         for row in rows:
             key, value = (row["task"], row["metric"], row["split"], row["start"]), float(row["value"])
             newest = runs.get((row["task"], row["start"]), row)
-            if row["start"] in STARTS and (row["data"], row["steps"]) == (
-                newest["data"],
-                newest["steps"] or row["steps"],
-            ):
+            if row["start"] in STARTS and (row["data"], row["steps"]) == (newest["data"], newest["steps"]):
                 found[key] = value
-            elif row["start"] not in ("majority", "chance") and row["metric"] in HEADLINES:
+            elif row["metric"] in HEADLINES:
                 about = f"{row['start']}, {row['steps']} steps, {row['data']}"
                 earlier[FIGURES[key[:2]], about][row["split"]] = value
         said = [
@@ -69,14 +64,13 @@ def section(path: Path) -> str:
     return "\n".join(lines)
 
 
-def _earlier(runs: dict[tuple[str, str], dict[str, float]]) -> Iterable[str]:
+def _earlier(runs: dict[tuple[str, str], dict[str, float]]) -> list[str]:
     """A line for each figure of each run that another one has replaced, or that had a setting of its own."""
-    if runs:
-        yield EARLIER
-    for (figure, about), values in runs.items():
-        yield f"- {figure}, {about}: {', '.join(f'{value:.1f} on {split}' for split, value in values.items())}"
-    if runs:
-        yield ""
+    lines = [
+        f"- {figure}, {about}: {', '.join(f'{value:.1f} on {split}' for split, value in values.items())}"
+        for (figure, about), values in runs.items()
+    ]
+    return [EARLIER, *lines, ""] if lines else []
 
 
 COMMAND = """Made by, from `finetune.csv`:

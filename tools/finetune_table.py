@@ -48,8 +48,7 @@ def run_one(
 ) -> None:
     """Train one run, in a process of its own, and score it; each split's rows are in `out` before the next is scored. What
     the run prints goes to a log in its folder."""
-    os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0,1,2,3,4,5,6,7").split(",")[gpu]
-    multiprocessing.set_start_method("fork", force=True)  # loaders share the examples: spawned ones would copy them
+    os.environ["LOCAL_RANK"] = str(gpu)  # by which a process picks its GPU
     config = load(recipe_of(task), [*overrides, *STARTS[start]])
     assert isinstance(config, FinetuneConfig)
     run = Path(f"{config.out}_{start}")
@@ -193,16 +192,14 @@ def main() -> int:
     steps = dict(each.split("=", 1) for each in args.steps)
     data = scenes_of(args.set)
     jobs = [(task, start) for start in args.starts for task in args.tasks if (task, start) != ("retrieval", "blind")]
+    before = {(task, start): (task_before(task, start, args.set), start) for task, start in jobs}
     waiting, failed = jobs.copy(), False
     running: dict[Future[None], tuple[tuple[str, str], int]] = {}
-
-    def is_ready(task: str, start: str) -> bool:
-        before = task_before(task, start, args.set), start
-        return before not in waiting and before not in [job for job, _ in running.values()]
-
     with ProcessPoolExecutor(args.at_once, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
         while waiting or running:
-            for task, start in [job for job in waiting if is_ready(*job)][: args.at_once - len(running)]:
+            unfinished = {*waiting, *(job for job, _ in running.values())}
+            ready = [job for job in waiting if before[job] not in unfinished]
+            for task, start in ready[: args.at_once - len(running)]:
                 waiting.remove((task, start))
                 number = steps.get(f"{task}.{start}", steps.get(task))
                 said = [
