@@ -25,7 +25,9 @@ def restyle(sprite: Pixels, rng: Random, *, keep_color: bool) -> NDArray[np.floa
         sprite = _turned(sprite, rng.uniform(-TURN, TURN))
     alpha = sprite[..., 3:] / 255
     color = sprite[..., :3] / np.maximum(alpha, 1 / 255)
-    lines = _lines(color, alpha, inner=rng.random() < 0.6) if rng.random() < 0.6 else None
+    lines = None
+    if rng.random() < 0.85:
+        lines = _lines(color, alpha, inner=rng.random() < 0.6, reach=round(max(sprite.shape) * rng.uniform(0, 0.04)))
     if rng.random() < 0.4:
         color = _flat(color, levels=4 if keep_color else rng.randint(2, 4))
     if not keep_color:
@@ -48,8 +50,9 @@ def _turned(sprite: Pixels, degrees: float) -> Pixels:
     return np.asarray(turned.resize((width, height), Image.Resampling.BICUBIC, box=box), np.float32)
 
 
-def _lines(color: Pixels, alpha: Pixels, *, inner: bool) -> Pixels:
-    """Where ink goes, 0 to 1: the rim of the drawing and, with `inner`, the edges between its colours."""
+def _lines(color: Pixels, alpha: Pixels, *, inner: bool, reach: int) -> Pixels:
+    """Where ink goes, 0 to 1: the rim of the drawing and, with `inner`, the edges between its colours; so many pixels to
+    either side of them as well."""
     solid = Image.fromarray((255 * alpha[..., 0]).clip(0, 255).astype(np.uint8))
     padded = Image.new("L", (solid.width + 4, solid.height + 4))
     padded.paste(solid, (2, 2))
@@ -58,7 +61,8 @@ def _lines(color: Pixels, alpha: Pixels, *, inner: bool) -> Pixels:
     if inner:
         down, across = np.gradient(color @ LUMA)
         lines = np.maximum(lines, (np.hypot(down, across) / 40 - 0.5).clip(0, 1))
-    return lines[..., None]
+    thick = Image.fromarray((255 * lines).round().astype(np.uint8)).filter(ImageFilter.MaxFilter(2 * reach + 1))
+    return np.asarray(thick, np.float32)[..., None] / 255
 
 
 def _flat(color: Pixels, *, levels: int) -> Pixels:
