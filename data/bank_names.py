@@ -78,6 +78,26 @@ WRONG_PICTURES = {  # (style, concept): the set means something else by the name
     ("streamline-emojis", "water-pistol"),
     ("fxemoji", "sailboat"),  # on a coloured square
 }
+WRONG_PICTURES |= {  # icons, likewise
+    (style, concept)
+    for concept, styles in {
+        "basketball": ["emojione-monotone"],  # in its basket
+        "bug": ["mdi", "icon-park-outline", "ph", "fa7-solid", "lucide", "tabler"],  # a beetle
+        "clamp": ["emojione-monotone", "icon-park-outline"],
+        "cricket": ["emojione-monotone", "game-icons", "mdi", "ph", "tabler"],
+        "locomotive": ["mdi"],  # a tram
+        "mouse": ["mdi", "icon-park-outline", "ph", "fa7-solid", "lucide", "tabler"],
+        "one-piece-swimsuit": ["icon-park-outline"],
+        "pie": ["icon-park-outline"],  # a chart
+        "red-apple": ["mdi", "icon-park-outline", "hugeicons", "fa7-solid"],  # a trade mark
+        "ring": ["icon-park-outline"],
+        "seal": ["mdi", "icon-park-outline", "hugeicons", "ph"],  # of wax
+        "soft-ice-cream": ["fluent-emoji-high-contrast", "emojione-monotone"],  # a bowl
+        "trumpet": ["icon-park-outline"],
+        "turkey": ["hugeicons"],  # roasted
+    }.items()
+    for style in styles
+}
 
 PLURALS = {
     "deer": "deer",

@@ -8,11 +8,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from bank_format import Concept
+from bank_format import ICONS, Concept
 from bank_names import WRONG_PICTURES, article, plural, scene_name
 from bank_packages import Archive
 
 MIN_NAMES = 1000  # a language that names fewer emoji than this is left out
+VARIANTS = re.compile("(-(alt|face|fill|filled|head|outline|side|variant))+$")
 TONES = ("light", "medium-light", "medium", "medium-dark", "dark")
 FOOD_LANGUAGES = {  # abbreviations of the food tables -> CLDR locale; names are in Latin script there
     "A": "as", "B": "bn", "G": "gu", "H": "hi", "Kan": "kn", "Kash": "ks", "Kh": "kha", "Kon": "kok", "Mal": "ml",
@@ -175,7 +176,9 @@ def drawings(archives: Mapping[str, Archive], catalogue: Catalogue) -> Iterator[
 def icon_drawings(archive: Archive, catalogue: Catalogue) -> Iterator[Drawing]:
     """An iconify set: matched by code point where it has them, else by name."""
     icons = archive.json("icons.json")
-    for code, icon in matched_icons(icons, archive, catalogue).items():
+    is_one_colour = icons["prefix"] in ICONS
+    matched = icons_of_objects(icons, catalogue) if is_one_colour else matched_icons(icons, archive, catalogue)
+    for code, icon in matched.items():
         emoji, drawn = catalogue.by_code[code], icons["icons"][icon]
         box = [drawn.get(side, icons.get(side, default)) for side, default in
                (("left", 0), ("top", 0), ("width", 16), ("height", 16))]  # fmt: skip
@@ -188,8 +191,7 @@ def icon_drawings(archive: Archive, catalogue: Catalogue) -> Iterator[Drawing]:
 
 def matched_icons(icons: dict[str, Any], archive: Archive, catalogue: Catalogue) -> dict[str, str]:
     """Code -> name of the icon that shows it."""
-    shown = {name for name, icon in icons["icons"].items() if not icon.get("hidden")}
-    parents = {name: alias["parent"] for name, alias in icons.get("aliases", {}).items() if set(alias) == {"parent"}}
+    shown, parents = shown_icons(icons)
     found: dict[str, str] = {}
     for code, name in (archive.json("chars.json") if "chars.json" in archive.files else {}).items():
         icon = parents.get(name, name)
@@ -202,6 +204,30 @@ def matched_icons(icons: dict[str, Any], archive: Archive, catalogue: Catalogue)
         if icon in shown and icon not in by_code_point and code is not None:
             found.setdefault(code, icon)
     return found
+
+
+def icons_of_objects(icons: dict[str, Any], catalogue: Catalogue) -> dict[str, str]:
+    """Code -> name of the icon, for the objects of scenes alone: an icon of that name, else one such as `horse-variant`."""
+    objects = {squashed(concept.name): concept.code for concept in catalogue.concepts.values() if concept.scene}
+    for name, code in catalogue.code_of_name.items():
+        emoji = catalogue.by_code[code]
+        if catalogue.concepts[emoji.concept].scene and not emoji.skin_tone:
+            objects.setdefault(name, code)
+    shown, parents = shown_icons(icons)
+    found: dict[str, str] = {}
+    for variants in (re.compile("$"), VARIANTS):
+        for name in (*icons["icons"], *parents):
+            code, icon = objects.get(squashed(variants.sub("", name))), parents.get(name, name)
+            if code is not None and icon in shown:
+                found.setdefault(code, icon)
+    return found
+
+
+def shown_icons(icons: dict[str, Any]) -> tuple[set[str], dict[str, str]]:
+    """The names of a set that are to be used, and other names -> those."""
+    shown = {name for name, icon in icons["icons"].items() if not icon.get("hidden")}
+    aliases = icons.get("aliases", {}).items()
+    return shown, {name: alias["parent"] for name, alias in aliases if set(alias) == {"parent"}}
 
 
 def code_by_name(name: str, catalogue: Catalogue) -> str | None:

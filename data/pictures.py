@@ -147,6 +147,7 @@ def build(bank: Bank, out: Path, *, seed: int, texts: int, shard_size: int) -> d
     kept = [
         (index, picture)
         for index, picture in enumerate(bank.pictures)
+        if not picture.is_icon
         if not picture.skin_tone or fraction(seed, "skin tone", str(index)) < SKIN_TONES
     ]
     splits = assign_splits([picture for _, picture in kept], seed)

@@ -144,6 +144,7 @@ class Kind:
     alike: frozenset[str]  # ids of the kinds that it must not meet, itself among them
     known: tuple[int, ...]  # its pictures in the styles that are trained on: indices into the bank
     unseen: tuple[int, ...]  # its pictures in the unseen style
+    icons: tuple[int, ...]  # its pictures of one colour
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,15 +186,22 @@ def build_vocabulary(bank: Bank, number: int | None = None, styles: int | None =
     """The kinds of a bank, or `number` of them whose colours differ most, in every style or in the `styles` that draw most
     of the bank's kinds (and the unseen one): the same ones every time. UserError when it has too few."""
     concepts = {id: concept for id, concept in sorted(bank.concepts.items()) if concept.scene}
-    drawn = Counter(each.style for each in bank.pictures if each.concept in concepts and each.style != UNSEEN_STYLE)
+    drawn = Counter(
+        each.style
+        for each in bank.pictures
+        if each.concept in concepts and each.style != UNSEEN_STYLE and not each.is_icon
+    )
     trained_on = sorted(drawn, key=lambda style: (-drawn[style], style))[:styles]
     known: dict[str, list[int]] = {id: [] for id in concepts}
     unseen: dict[str, list[int]] = {id: [] for id in concepts}
+    icons: dict[str, list[int]] = {id: [] for id in concepts}
     for index, picture in enumerate(bank.pictures):
         if picture.concept in concepts and picture.style == UNSEEN_STYLE:
             unseen[picture.concept].append(index)
         elif picture.concept in concepts and picture.style in trained_on:
             known[picture.concept].append(index)
+        elif picture.concept in concepts and picture.is_icon:
+            icons[picture.concept].append(index)
     if number is not None:
         chosen = _most_different(bank, {id: known[id] for id in concepts if known[id] and not is_new(id)}, number)
         concepts = {id: concepts[id] for id in sorted(chosen)}
@@ -201,7 +209,9 @@ def build_vocabulary(bank: Bank, number: int | None = None, styles: int | None =
         raise UserError("--bank: scenes need eight kinds of object or more; make the bank with: --objects scene")
     taken = {concept.name for concept in concepts.values()}
     kinds = {
-        id: _kind(concept, concepts.values(), taken, tuple(known[id]), tuple(unseen[id]))
+        id: _kind(
+            concept, concepts.values(), taken, known=tuple(known[id]), unseen=tuple(unseen[id]), icons=tuple(icons[id])
+        )
         for id, concept in concepts.items()
     }
     return Vocabulary(kinds=kinds)
@@ -229,9 +239,7 @@ def _mean_color(picture: Image.Image) -> NDArray[np.float64]:
     return np.average(pixels[:, :3], axis=0, weights=pixels[:, 3])
 
 
-def _kind(
-    concept: Concept, everyone: Iterable[Concept], taken: set[str], known: tuple[int, ...], unseen: tuple[int, ...]
-) -> Kind:
+def _kind(concept: Concept, everyone: Iterable[Concept], taken: set[str], **pictures: tuple[int, ...]) -> Kind:
     name = concept.name
     relatives = {name}.union(*(group for group in _ALIKE if name in group))
     return Kind(
@@ -245,8 +253,7 @@ def _kind(
         families=frozenset(f.singular for f in FAMILIES if concept.subgroup in f.subgroups and name not in f.disputed),
         disputed=frozenset(f.singular for f in FAMILIES if name in f.disputed),
         alike=frozenset(other.id for other in everyone if other.name in relatives),
-        known=known,
-        unseen=unseen,
+        **pictures,
     )
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from random import Random
 
 from scene_kinds import Kind, is_new, may_meet, pair_held_out
-from scene_sprites import World
+from scene_sprites import COLOR_NAMES, World
 
 from vlmoe.errors import UserError
 
@@ -19,6 +19,8 @@ Box = tuple[int, int, int, int]
 SMALLEST = 22  # pixels of an object's longer side
 RELATIVES = 0.45  # probability that a further kind shares a family with one that is there
 TRIES = 60
+ICON_SHARE = 0.5  # of the restyled things, those that are drawn from icons where their kind has some
+NAMED_COLOR_SHARE = 0.5  # of the icons, those that are coloured in a colour that has a name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,13 +91,27 @@ def draw_scene(
     counts = draw_counts(world, split, rng, options, required=required or {}, forbidden=frozenset(forbidden))
     kinds = [kind for kind, count in counts.items() for _ in range(count)]
     rng.shuffle(kinds)
-    pictures = [rng.choice(kind.unseen if split == "test_style" else kind.known) for kind in kinds]
+    pictures = [rng.choice(_pictures(kind, split, rng, options)) for kind in kinds]
     boxes = place([world.image(picture).size for picture in pictures], rng, options)
     things = [
-        Thing(kind=kind, picture=picture, box=box, flipped=rng.random() < 0.5, color=world.color(picture))
+        Thing(kind=kind, picture=picture, box=box, flipped=rng.random() < 0.5, color=_color(world, picture, rng))
         for kind, picture, box in zip(kinds, pictures, boxes, strict=True)
     ]
     return Scene(split=split, index=index, size=options.image_size, things=tuple(things))
+
+
+def _pictures(kind: Kind, split: str, rng: Random, options: LayoutOptions) -> tuple[int, ...]:
+    """Those of its pictures that one is drawn from."""
+    if split == "train" and options.restyled and kind.icons and rng.random() < ICON_SHARE * options.restyled:
+        return kind.icons
+    return kind.unseen if split == "test_style" else kind.known
+
+
+def _color(world: World, picture: int, rng: Random) -> str | None:
+    """The name of a picture's colour; of an icon's, the colour that it is to be given."""
+    if not world.bank.pictures[picture].is_icon:
+        return world.color(picture)
+    return rng.choice(COLOR_NAMES) if rng.random() < NAMED_COLOR_SHARE else None
 
 
 def draw_counts(

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 from scene_layout import LayoutOptions, Scene, Thing
-from scene_restyle import restyle
-from scene_sprites import World
+from scene_restyle import TURN, color_in, restyle, turned
+from scene_sprites import World, color_named
 
 Pixels = NDArray[np.float32]
 
@@ -34,7 +34,7 @@ def render(world: World, scene: Scene, rng: Random, options: LayoutOptions) -> t
     if options.restyled and scene.split == "train":
         lots = Random(str([(thing.picture, thing.box) for thing in scene.things]))
         sprites = [
-            restyle(sprite, lots, keep_color=thing.color is not None) if lots.random() < options.restyled else sprite
+            _restyled(world, thing, sprite, lots, options.restyled)
             for thing, sprite in zip(scene.things, sprites, strict=True)
         ]
     best, best_contrast = None, -1.0
@@ -86,6 +86,19 @@ def _sprite(world: World, thing: Thing) -> Pixels:
     image = world.image(thing.picture).resize(thing.box[2:], Image.Resampling.BICUBIC, reducing_gap=2.0)
     pixels = np.asarray(image, np.float32)
     return pixels[:, ::-1] if thing.flipped else pixels
+
+
+def _restyled(world: World, thing: Thing, sprite: Pixels, rng: Random, share: float) -> Pixels:
+    """In a style of its own, for a share of drawings; icons always, for they are bare lines."""
+    if world.bank.pictures[thing.picture].is_icon:
+        solid = np.asarray(world.solid(thing.picture).resize(thing.box[2:], reducing_gap=2.0), np.float32)
+        shades = (color_named(thing.color, rng), color_named(thing.color, rng)) if thing.color else None
+        sprite = color_in(sprite, solid[:, ::-1] if thing.flipped else solid, rng, shades)
+        if shades is not None:  # more lines would hide them
+            return turned(sprite, rng.uniform(-TURN, TURN))
+    elif rng.random() >= share:
+        return sprite
+    return restyle(sprite, rng, keep_color=thing.color is not None)
 
 
 def _contrast(background: Pixels, thing: Thing, sprite: Pixels) -> float:

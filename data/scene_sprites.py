@@ -1,17 +1,20 @@
 """Pictures of a bank made ready to be pasted: cut to their visible part, with their colour's name if it is clear."""
 
+import colorsys
 import hashlib
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property
+from random import Random
 
 import numpy as np
 from bank_format import Bank
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageChops, ImageDraw
 from scene_kinds import SPLITS, Kind, Vocabulary, build_vocabulary
 
 PHOTOGRAPHS = "food-photographs"  # the group of the bank's concepts that are shown by photographs
+SOLID = 96  # alpha from which it encloses what lies behind
 VISIBLE = 24  # alpha from which a pixel counts as part of the drawing
 CLEAR_SHARE = 0.7  # of the drawing's pixels, outline aside, that one colour must hold to be its colour
 OUTLINE_SHARE = 0.2  # at most this share of black pixels is taken for outline
@@ -30,6 +33,7 @@ _COLORS = (
     ("white", 0, 360, 0.0, 0.12, 0.88, 1.0),
     ("gray", 0, 360, 0.0, 0.16, 0.35, 0.78),
 )
+COLOR_NAMES = tuple(name for name, *_ in _COLORS)
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +43,7 @@ class World:
     bank: Bank
     vocabulary: Vocabulary
     _images: dict[int, Image.Image] = field(default_factory=dict)
+    _solids: dict[int, Image.Image] = field(default_factory=dict)
     _colors: dict[int, str | None] = field(default_factory=dict)
     _pools: dict[str, list[Kind]] = field(default_factory=dict)
     _kin: dict[tuple[str, str], list[Kind]] = field(default_factory=dict)
@@ -50,6 +55,17 @@ class World:
             whole = self.bank.pictures[picture].image()
             self._images[picture] = whole.crop(visible_box(whole.getchannel("A"))).convert("RGBa")
         return self._images[picture]
+
+    def solid(self, picture: int) -> Image.Image:
+        """What a picture covers when all that its lines enclose is filled (mode L)."""
+        if picture not in self._solids:
+            alpha = self.image(picture).getchannel("a")
+            drawn = Image.new("L", (alpha.width + 2, alpha.height + 2))
+            drawn.paste(alpha.point([0] * SOLID + [255] * (256 - SOLID)), (1, 1))
+            ImageDraw.floodfill(drawn, (0, 0), 128)
+            inside = drawn.point([255] * 128 + [0] + [255] * 127).crop((1, 1, alpha.width + 1, alpha.height + 1))
+            self._solids[picture] = ImageChops.lighter(alpha, inside)
+        return self._solids[picture]
 
     def color(self, picture: int) -> str | None:
         """The English name of a picture's colour; None when it has several, or one between two names."""
@@ -112,6 +128,19 @@ def color_name(picture: Image.Image) -> str | None:
     best = int(counts.argmax())
     share = counts[best] / (len(rgb) - (0 if best == black else outline))
     return _COLORS[best][0] if share >= CLEAR_SHARE else None
+
+
+def color_named(name: str, rng: Random) -> NDArray[np.float32]:
+    """A colour that `color_name` calls so, with its neighbours: red, green and blue, 0 to 255."""
+    index = COLOR_NAMES.index(name)
+    _, *limits = _COLORS[index]
+    while True:
+        hue, saturation, value = (
+            low + rng.uniform(0.1, 0.9) * (high - low) for low, high in zip(limits[::2], limits[1::2], strict=True)
+        )
+        rgb = colorsys.hsv_to_rgb(hue / 360 % 1, saturation, value)
+        if _pixel_colors(np.array([rgb], np.float32))[0] == index:
+            return 255 * np.array(rgb, np.float32)
 
 
 def _pixel_colors(rgb: NDArray[np.float32]) -> NDArray[np.int64]:

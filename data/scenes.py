@@ -15,11 +15,12 @@ comes out depends on the bank and the options, not on the number of processes.
 
 import argparse
 import json
-import multiprocessing
 import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import asdict
 from itertools import islice
@@ -85,8 +86,9 @@ def build(
             _start(bank_folder, seed, layout, folders)
             made = map(_make, chunks)
         else:
-            pool = stack.enter_context(multiprocessing.Pool(workers, _start, (bank_folder, seed, layout, folders)))
-            made = pool.imap(_make, chunks)
+            pool = ProcessPoolExecutor(workers, initializer=_start, initargs=(bank_folder, seed, layout, folders))
+            stack.callback(pool.shutdown, cancel_futures=True)
+            made = pool.map(_make, chunks)
         bar = stack.enter_context(tqdm(total=sum(number for *_, number in wanted), desc="scenes", unit="sample"))
         for what, split, number in wanted:
             bar.set_description(f"{what} {split}")
@@ -97,7 +99,8 @@ def build(
             seconds[what] += time.perf_counter() - started
     _write_about(new, world, stats, wanted, seconds)
     about = {"seed": seed, "layout": asdict(layout), "scenes": scenes, "pairs": pairs, "texts": texts}
-    put_in_place(new, out, about | {"bank": bank.manifest["sha256"]})
+    icons = sum(len(kind.icons) for kind in world.pool("train"))
+    put_in_place(new, out, about | {"bank": bank.manifest["sha256"], "icons": icons})
     return stats
 
 
@@ -129,9 +132,14 @@ def _make(chunk: tuple[str, str, range]) -> Packed:
 
 
 def _counted(made: Iterator[Packed], bar: "tqdm[Any]") -> Iterator[Packed]:
-    for packed in made:
-        bar.update(len(packed.members))
-        yield packed
+    try:
+        for packed in made:
+            bar.update(len(packed.members))
+            yield packed
+    except BrokenProcessPool:
+        raise UserError(
+            "a process that makes scenes was ended, as happens where memory is short: use fewer --workers"
+        ) from None
 
 
 def _write(

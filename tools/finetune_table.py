@@ -151,16 +151,17 @@ def _chance_of_texts(examples: Sequence[Any]) -> dict[int, float]:
 
 
 def scenes_of(overrides: Sequence[str]) -> str:
-    """What the recipes train on, as the manifest of the scenes has it: "240000 scenes, 0.5 restyled"."""
+    """What the recipes train on, as the manifest of the scenes has it: "240000 scenes, 0.7 restyled and icons"."""
     config = load(recipe_of("vqa"), overrides)
     assert isinstance(config, FinetuneConfig)
     manifest = Path(config.data.examples.sources[0].index).parents[1] / "manifest.json"
     try:
         made = json.loads(manifest.read_text(encoding="utf-8"))
         scenes, restyled = made["scenes"]["train"], made["layout"].get("restyled", 0)
+        icons = " and icons" if restyled and made.get("icons") else ""
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{manifest} does not say what was made; make the scenes with data/scenes.py") from None
-    return f"{scenes} scenes" + (f", {restyled} restyled" if restyled else "")
+    return f"{scenes} scenes" + (f", {restyled} restyled{icons}" if restyled else "")
 
 
 def append(path: Path, rows: Iterable[dict[str, Any]], data: str) -> None:

@@ -128,7 +128,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def build(cache: Path, out: Path, objects: str = "all") -> bool:
-    return bank.build(out, cache=cache, objects=objects, size=32, food=False, workers=1)
+    return bank.build(out, cache=cache, objects=objects, size=32, food=False, icons=False, workers=1)
 
 
 def test_build_matches_names_and_codes(cache: Path, tmp_path: Path) -> None:
@@ -180,6 +180,24 @@ def test_scene_bank_holds_scene_objects_alone(cache: Path, tmp_path: Path) -> No
     made = bank.load_bank(tmp_path / "bank")
     assert list(made.concepts) == ["cow", "wolf"]
     assert bank.contact_sheet(made, list(made.concepts.values())).size == (230 + 2 * 32, 24 + 2 * 32)
+
+
+def test_icons_are_those_of_scene_objects(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = {
+        "cow-fill": DOT,
+        "cow-outline": RED_SQUARE,
+        "cow": BLUE_DISC,
+        "wolf-head": BLUE_DISC,
+        "waving-hand": BLUE_DISC,
+    }
+    mdi = write_package(cache, "@iconify-json/mdi", icon_set("mdi", drawn, {}))
+    monkeypatch.setattr(bank, "PACKAGES", (*bank.PACKAGES, mdi))
+    build(cache, tmp_path / "without")
+    assert not any(picture.is_icon for picture in bank.load_bank(tmp_path / "without").pictures)
+    bank.build(tmp_path / "with", cache=cache, objects="all", size=32, food=False, icons=True, workers=1)
+    icons = [picture for picture in bank.load_bank(tmp_path / "with").pictures if picture.is_icon]
+    assert [(icon.concept, icon.style) for icon in icons] == [("cow", "mdi"), ("wolf", "mdi")]
+    assert icons[0].image().getpixel((16, 16)) == (0, 0, 255, 255)  # the exact name goes first
 
 
 def test_processes_give_the_same_pictures(cache: Path) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import os
 import sys
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -24,8 +25,8 @@ from scene_kinds import SPLITS, is_new, pair_held_out
 from scene_layout import LayoutOptions, draw_scene, generator, overlap
 from scene_make import samples_of
 from scene_questions import questions
-from scene_restyle import restyle
-from scene_sprites import build_world, color_name
+from scene_restyle import color_in, restyle
+from scene_sprites import COLOR_NAMES, build_world, color_name, color_named
 from scene_stats import SplitStats, question_only_floors
 from scene_truth import Truth, Words, counts, statement_holds
 
@@ -146,6 +147,53 @@ def test_a_restyled_drawing_keeps_its_size_and_a_named_colour(name):
         assert color_name(drawn) in (color_name(whole), None)
         changed += not np.array_equal(made, sprite)
     assert changed > 50
+
+
+@pytest.fixture(scope="module")
+def world_with_icons(bank_folder, tmp_path_factory):
+    bank = load_bank(bank_folder)
+    ring = Image.new("RGBA", (60, 60))
+    ImageDraw.Draw(ring).ellipse((2, 2, 57, 57), outline="black", width=6)
+    packed = io.BytesIO()
+    ring.save(packed, "PNG")
+    icons = [Picture(concept=name, style="mdi", licence="MIT", png=packed.getvalue()) for name in KINDS]
+    folder = tmp_path_factory.mktemp("icons") / "bank"
+    write_bank(folder, list(bank.concepts.values()), [*bank.pictures, *icons], {"made_of": {}, "packages": []})
+    return build_world(load_bank(folder))
+
+
+@pytest.mark.parametrize(
+    ("split", "restyled", "has_icons"), [("train", 1.0, True), ("train", 0.0, False), ("val", 1.0, False)]
+)
+def test_icons_are_for_training(world_with_icons, split, restyled, has_icons):
+    options = LayoutOptions(image_size=96, restyled=restyled)
+    drawn = [sample.record for sample in samples_of(world_with_icons, "scenes", split, range(40), 0, options)]
+    styles = Counter(each["style"] for record in drawn for each in record["objects"])
+    assert (styles["mdi"] > 0) is has_icons and styles["round"] > 0
+    assert not has_icons or 0.3 < styles["mdi"] / styles.total() < 0.7
+
+
+def test_what_lines_enclose_is_solid(world_with_icons):
+    [icon] = world_with_icons.pool("train")[0].icons
+    solid = world_with_icons.solid(icon)
+    y, x = np.mgrid[0 : solid.height, 0 : solid.width] - (solid.width - 1) / 2
+    far = np.hypot(y, x) / (solid.width / 2)
+    assert (np.asarray(solid)[far < 0.97] == 255).all() and (np.asarray(solid)[far > 1.06] == 0).all()
+    assert np.asarray(world_with_icons.image(icon))[28, 28, 3] == 0
+
+
+@pytest.mark.parametrize("name", COLOR_NAMES)
+def test_an_icon_takes_on_a_named_colour(world_with_icons, name):
+    [icon] = world_with_icons.pool("train")[0].icons
+    lines, solid = (
+        np.asarray(world_with_icons.image(icon), np.float32),
+        np.asarray(world_with_icons.solid(icon), np.float32),
+    )
+    for seed in range(20):
+        rng = Random(seed)
+        made = color_in(lines, solid, rng, (color_named(name, rng), color_named(name, rng)))
+        assert (made[..., :3] <= made[..., 3:] + 1e-3).all() and np.allclose(made[..., 3], solid)
+        assert color_name(Image.fromarray(made.round().astype(np.uint8), "RGBa").convert("RGBA")) == name
 
 
 def test_few_kinds_are_those_whose_colours_differ(bank_folder):
@@ -351,3 +399,14 @@ def test_mistakes_are_one_line(bank_folder, tmp_path):
         builder.main(["--bank", str(bank_folder), "--out", str(tmp_path / "x"), "--texts", "-1"])
     with pytest.raises(UserError, match="no picture bank"):
         builder.main(["--bank", str(tmp_path), "--out", str(tmp_path / "x")])
+
+
+def end_this_process(chunk):
+    os._exit(1)
+
+
+def test_a_process_that_is_ended_ends_the_script(bank_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(builder, "_make", end_this_process)
+    with pytest.raises(UserError, match="use fewer --workers"):
+        builder.main(["--bank", str(bank_folder), "--out", str(tmp_path / "x"), *OPTIONS.split(), "--workers", "2"])
+    assert not (tmp_path / "x").exists()
