@@ -67,6 +67,7 @@ class LayoutOptions:
     styles: int | None = None  # and in so many styles only
     plain: bool = False  # all backgrounds white
     restyled: float = 0.0  # share of a training scene's things that are drawn in a made-up style
+    statements: tuple[str, ...] = ()  # the types of sentence about pairs; none: all of them
 
 
 def generator(seed: int, what: str, split: str, index: int) -> Random:

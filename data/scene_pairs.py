@@ -108,7 +108,8 @@ def draw_pairs(
 ) -> list[tuple[Pair, Random]]:
     """The four pairs of one sentence, each with the generator that its pictures are to be rendered with."""
     rng = generator(seed, "statement", split, set_number)
-    statement_type = [*STATEMENTS][set_number % len(STATEMENTS)]
+    types = options.statements or tuple(STATEMENTS)
+    statement_type = types[set_number % len(types)]
     statement = STATEMENTS[statement_type]
     kind = rng.choice(_subjects(world, split))
     most = min(MOST, options.max_objects - 1)

@@ -33,7 +33,7 @@ from scene_files import Packed, PairIndex, SceneIndexes, Shards, credits_text, p
 from scene_kinds import SPLITS
 from scene_layout import LayoutOptions
 from scene_make import Sample, samples_of
-from scene_pairs import PAIRS
+from scene_pairs import PAIRS, STATEMENTS
 from scene_sheet import contact_sheet
 from scene_sprites import World, build_world
 from scene_stats import SplitStats, question_only_floors, table
@@ -228,6 +228,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--styles", type=int, help="in so many styles only, besides the unseen one (default: all of the bank)")
     add("--plain", action="store_true", help="white backgrounds")
     add("--restyled", type=float, default=0.0, help="share of training drawings in made-up styles (default: 0)")
+    add("--statements", nargs="+", choices=STATEMENTS, default=(), help="types of sentence about pairs (default: all)")
     add("--max-overlap", type=float, default=0.08, help="share of the smaller of two boxes (default: 0.08)")
     add("--images", choices=("all", "held-out", "none"), default="all", help="splits with picture files (default: all)")
     add("--shard-size", type=int, default=1000, help="samples in a shard (default: 1000)")
@@ -265,6 +266,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         styles=options.styles,
         plain=options.plain,
         restyled=options.restyled,
+        statements=tuple(options.statements),
     )
     stats = build(
         options.bank,

@@ -1,4 +1,4 @@
-"""The whole road on two cores: scenes, a visual tokenizer, an MH-MoE pretraining, three fine-tunings, what they see."""
+"""The whole road on two cores: scenes, a visual tokenizer, an MH-MoE pretraining, four fine-tunings, what they see."""
 
 import json
 import resource
@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from vlmoe.config import load
-from vlmoe.data import Pixels, Sample, eval_transform, held_out_samples, to_float
+from vlmoe.config import FinetuneConfig, load
+from vlmoe.data import Pixels, Sample, eval_transform, held_out_samples, open_examples, to_float
 from vlmoe.errors import UserError
 from vlmoe.inspect.pictures import draw_losses, draw_texts
 from vlmoe.inspect.reading import draw_samples
@@ -25,9 +25,10 @@ from vlmoe.use import load as load_model
 CHECKOUT = Path(__file__).parents[1]
 DATA = Path("datasets/demo")
 RUNS = Path("runs/demo")
-FINETUNINGS = ("retrieval", "captioning", "vqa")
+FINETUNINGS = ("retrieval", "captioning", "vqa", "nlvr2")
 SHOWN = 6  # scenes in a picture
 PIXELS = 96  # side of a scene
+PAIRS_OF_A_SENTENCE = 4
 
 
 def demo() -> None:
@@ -45,7 +46,8 @@ def demo() -> None:
         if not (RUNS / "scenes.png").is_file():  # what the script writes last
             _script(
                 "scenes", "--bank", "datasets/scene_bank", "--out", str(DATA), "--kinds", "12", "--styles", "1",
-                "--max-objects", "3", "--plain", "--train", "6000", "--val", "300", "--test", "0", "--pairs", "0",
+                "--max-objects", "3", "--plain", "--train", "6000", "--val", "300", "--test", "0", "--pairs", "8000",
+                "--statements", "each",
                 "--texts", "12000", "--image-size", str(PIXELS), "--images", "none", "--sheet", str(RUNS / "scenes.png"),
             )  # fmt: skip
         if not (DATA / "tokenizer.model").is_file():
@@ -59,18 +61,19 @@ def demo() -> None:
     with _timed(times, "pictures of it"):
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         paths = draw_samples(load_run(RUNS / "pretrain", device, []), RUNS, count=SHOWN, device=device)
-        for name in ("captions", "answers", "losses", "scenes"):
+        for name in ("captions", "answers", "statements", "losses", "scenes"):
             paths[name] = RUNS / f"{name}.png"
         draw_losses(read_metrics(RUNS / "pretrain"), paths["losses"])
         samples = [place.load() for place in held_out_samples([f"{DATA}/val-*.tar"], "pairs")[:SHOWN]]
         _draw_captions(paths["captions"], samples)
         _draw_answers(paths["answers"], samples)
+        _draw_statements(paths["statements"])
     _report(times, paths)
 
 
 def _report(times: dict[str, float], paths: dict[str, Path]) -> None:
     names = ("visual_tokenizer", "pretrain", *FINETUNINGS)
-    codes, pretrain, retrieval, captioning, vqa = (_figures(name) for name in names)
+    codes, pretrain, retrieval, captioning, vqa, nlvr2 = (_figures(name) for name in names)
     floors = json.loads((DATA / "stats.json").read_text())["question_only_floors_on_val"]["all"]
     text, unigram = pretrain["texts_text/perplexity"], pretrain["texts_text/unigram_perplexity"]
     seeing, blind = pretrain["pairs_text/perplexity"], pretrain["pairs_text_image_shuffled/perplexity"]
@@ -86,6 +89,7 @@ def _report(times: dict[str, float], paths: dict[str, Path]) -> None:
          retrieval["text_to_image/recall@10"], 1000 / scenes),
         ("CIDEr of captions (the same, each for another scene)", captioning["cider"], _cider_of_swapped_captions()),
         ("% of questions answered (the commonest answer to each wording)", vqa["accuracy"], 100 * floors["by_question"]),
+        ("% of statements about two pictures told true from false (chance)", nlvr2["accuracy"], 50.0),
     ):  # fmt: skip
         print(f"{name:<66}{value:>10.2f}{baseline:>10.2f}")
     used = [value for name, value in pretrain.items() if name.endswith("/in_use")]
@@ -133,9 +137,28 @@ def _draw_answers(path: Path, samples: list[Sample]) -> None:
     _draw(path, samples, lines)
 
 
+def _draw_statements(path: Path) -> None:
+    """Held-out pairs of scenes beside what is said of them, and what the fine-tuned model holds of it."""
+    model, config = load_model(RUNS / "nlvr2"), load("recipes/demo/nlvr2.yaml")
+    assert isinstance(config, FinetuneConfig)
+    examples = open_examples(config.data.examples.eval_sources, recipe_key="data.examples.eval_sources")
+    pictures, lines = [], []
+    for number in range(SHOWN):
+        sample = examples.place(PAIRS_OF_A_SENTENCE * number + number % PAIRS_OF_A_SENTENCE).load()
+        assert sample.image is not None and sample.image_b is not None
+        said = str(model.is_true(sample.texts[0], sample.image, sample.image_b))
+        lines.append(_answered({"question": sample.texts[0], "answer": sample.meta["label"]}, said))
+        left, right = _enlarged(sample.image), _enlarged(sample.image_b)
+        pictures.append(torch.cat([left, left.new_full((3, 2 * PIXELS, 6), 128), right], dim=-1))
+    draw_texts(to_float(torch.stack(pictures)), lines, path)
+
+
 def _draw(path: Path, samples: list[Sample], lines: list[str]) -> None:
-    larger = [eval_transform(picture, image_size=2 * PIXELS) for picture in _pictures(samples)]
-    draw_texts(to_float(torch.stack(larger)), lines, path)
+    draw_texts(to_float(torch.stack([_enlarged(picture) for picture in _pictures(samples)])), lines, path)
+
+
+def _enlarged(picture: Pixels) -> Pixels:
+    return eval_transform(picture, image_size=2 * PIXELS)
 
 
 def _pictures(samples: list[Sample]) -> list[Pixels]:

@@ -260,6 +260,12 @@ def test_every_caption_and_answer_is_true(world, words):
     assert len(said) == 12 and min(said.values()) > 10
 
 
+def test_statements_of_some_types_alone(world):
+    options = LayoutOptions(image_size=96, statements=("each", "total"))
+    said = [sample.record["statement_type"] for sample in samples_of(world, "pairs", "train", range(16), 0, options)]
+    assert said == (["each"] * 4 + ["total"] * 4) * 2
+
+
 def test_every_statement_is_what_its_label_says(made, words):
     for split in SPLITS:
         by_set: dict[str, list[dict]] = defaultdict(list)
