@@ -4,114 +4,29 @@ import contextlib
 import io
 import json
 import os
-import sys
 from collections import Counter, defaultdict
 from pathlib import Path
-from random import Random
 
-import numpy as np
 import pytest
-from PIL import Image, ImageColor, ImageDraw
-from pycocotools.coco import COCO
-from webdataset.compat import WebDataset
-
-from vlmoe.errors import UserError
-
-sys.path.append(str(Path(__file__).parent))  # scene_truth
-
 import scenes as builder
-from bank_format import Concept, Picture, load_bank, write_bank
+from PIL import Image, ImageColor
+from pycocotools.coco import COCO
 from scene_kinds import SPLITS, is_new, pair_held_out
 from scene_layout import LayoutOptions, draw_scene, generator, overlap
 from scene_make import samples_of
 from scene_questions import questions
-from scene_restyle import color_in, restyle
-from scene_sprites import COLOR_NAMES, build_world, color_name, color_named
+from scene_sprites import color_name
 from scene_stats import SplitStats, question_only_floors
 from scene_truth import Truth, Words, counts, statement_holds
+from small_bank import KINDS
+from webdataset.compat import WebDataset
 
-KINDS = {  # name -> plural, subgroup, colour
-    "ant": ("ants", "animal-bug", "black"),
-    "owl": ("owls", "animal-bird", "saddlebrown"),
-    "parrot": ("parrots", "animal-bird", "limegreen"),
-    "pig": ("pigs", "animal-mammal", "hotpink"),
-    "panda": ("pandas", "animal-mammal", "white"),
-    "banana": ("bananas", "food-fruit", "gold"),
-    "strawberry": ("strawberries", "food-fruit", "red"),
-    "tomato": ("tomatoes", "food-fruit", "red"),
-    "eggplant": ("eggplants", "food-vegetable", "blueviolet"),
-    "carrot": ("carrots", "food-vegetable", "darkorange"),
-    "airplane": ("airplanes", "transport-air", "dodgerblue"),
-    "tractor": ("tractors", "transport-ground", "forestgreen"),
-    "drum": ("drums", "musical-instrument", "red"),
-    "harp": ("harps", "musical-instrument", "orange"),
-    "crown": ("crowns", "clothing", "gold"),
-    "scarf": ("scarves", "clothing", "royalblue"),
-    "axe": ("axes", "tool", "gray"),
-    "magnet": ("magnets", "tool", "crimson"),
-}
-KEYWORDS = {"airplane": ["plane"], "eggplant": ["aubergine"], "axe": ["hatchet"]}
+from vlmoe.errors import UserError
+
 SYNONYMS = {"plane": "airplane", "aubergine": "eggplant", "hatchet": "axe"}
 DISPUTED = {"tomato", "eggplant"}
 LAYOUT = LayoutOptions(image_size=96)
 OPTIONS = "--train 70 --val 12 --test 4 --pairs 8 --texts 50 --image-size 96 --shard-size 40"
-
-
-def drawing(name: str, style: str) -> bytes:
-    """A shape whose proportions depend on the kind and the style."""
-    image = Image.new("RGBA", (96, 96))
-    pen, place = ImageDraw.Draw(image), list(KINDS).index(name)
-    inset = 6 + 3 * (place % 5)
-    box = (6, inset, 90, 96 - inset) if place % 2 else (inset, 6, 96 - inset, 90)
-    color = ImageColor.getrgb(KINDS[name][2])
-    (pen.ellipse if style == "round" else pen.rectangle)(box, fill=color, outline="black")
-    packed = io.BytesIO()
-    image.save(packed, "PNG")
-    return packed.getvalue()
-
-
-@pytest.fixture(scope="module")
-def bank_folder(tmp_path_factory) -> Path:
-    concepts = [
-        Concept(
-            id=name,
-            code="",
-            group="",
-            subgroup=subgroup,
-            name=name,
-            names={"en": name, "xx": name[::-1], "ja": f"<{name}>"},
-            keywords={"en": KEYWORDS.get(name, [])},
-            plural=plural,
-            article="an" if name[0] in "aeiou" else "a",
-            scene=True,
-        )
-        for name, (plural, subgroup, _) in KINDS.items()
-    ]
-    concepts += [
-        Concept(id=f"food-{i}", code="", group="food-photographs", subgroup="", name="", names={}, keywords={})
-        for i in range(40)
-    ]
-    pictures = [
-        Picture(concept=name, style=style, licence=licence, png=drawing(name, style))
-        for name in KINDS
-        for style, licence in (("round", "MIT"), ("square", "Apache-2.0"), ("openmoji", "CC-BY-SA-4.0"))
-    ]
-    for i in range(40):
-        packed = io.BytesIO()
-        Image.new("RGB", (64, 48), (5 * i, 255 - 5 * i, 90)).save(packed, "PNG")
-        pictures.append(Picture(concept=f"food-{i}", style="photograph", licence="MIT", png=packed.getvalue()))
-    about = {
-        "made_of": {},
-        "packages": [dict.fromkeys(("title", "homepage", "author", "name", "version", "licence"), "x")],
-    }
-    folder = tmp_path_factory.mktemp("bank") / "bank"
-    write_bank(folder, concepts, pictures, about)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def world(bank_folder):
-    return build_world(load_bank(bank_folder))
 
 
 def test_plain_backgrounds_are_white(world):
@@ -120,94 +35,6 @@ def test_plain_backgrounds_are_white(world):
     picture = Image.open(io.BytesIO(sample.files["jpg"]))
     assert all(min(picture.getpixel(corner)) > 240 for corner in ((0, 0), (95, 0), (0, 95), (95, 95)))
     assert sample.record["background"] == "plain"
-
-
-@pytest.mark.parametrize(("split", "changes"), [("train", True), ("val", False), ("test_style", False)])
-def test_only_training_drawings_are_restyled(world, split, changes):
-    plain, restyled = (
-        next(iter(samples_of(world, "scenes", split, range(1), 0, LayoutOptions(image_size=96, restyled=share))))
-        for share in (0.0, 1.0)
-    )
-    assert (plain.files["jpg"] != restyled.files["jpg"]) is changes
-    assert plain.record["objects"] == restyled.record["objects"]
-    assert changes or plain.record == restyled.record
-
-
-@pytest.mark.parametrize("name", ["saddlebrown", "limegreen", "pink", "white", "gold", "red", "dodgerblue", "gray"])
-def test_a_restyled_drawing_keeps_its_size_and_a_named_colour(name):
-    whole = Image.new("RGBA", (60, 48))
-    ImageDraw.Draw(whole).ellipse((2, 2, 57, 45), fill=ImageColor.getrgb(name))
-    sprite = np.asarray(whole.convert("RGBa"), np.float32)
-    changed = 0
-    for seed in range(60):
-        made = restyle(sprite, Random(seed), keep_color=True)
-        assert made.shape == sprite.shape and made.dtype == np.float32
-        assert (made >= 0).all() and (made[..., :3] <= made[..., 3:] + 1e-3).all() and made.max() <= 255
-        drawn = Image.fromarray(made.round().astype(np.uint8), "RGBa").convert("RGBA")
-        assert color_name(drawn) in (color_name(whole), None)
-        changed += not np.array_equal(made, sprite)
-    assert changed > 50
-
-
-@pytest.fixture(scope="module")
-def world_with_icons(bank_folder, tmp_path_factory):
-    bank = load_bank(bank_folder)
-    ring = Image.new("RGBA", (60, 60))
-    ImageDraw.Draw(ring).ellipse((2, 2, 57, 57), outline="black", width=6)
-    packed = io.BytesIO()
-    ring.save(packed, "PNG")
-    icons = [Picture(concept=name, style="mdi", licence="MIT", png=packed.getvalue()) for name in KINDS]
-    folder = tmp_path_factory.mktemp("icons") / "bank"
-    write_bank(folder, list(bank.concepts.values()), [*bank.pictures, *icons], {"made_of": {}, "packages": []})
-    return build_world(load_bank(folder))
-
-
-@pytest.mark.parametrize(
-    ("split", "restyled", "has_icons"), [("train", 1.0, True), ("train", 0.0, False), ("val", 1.0, False)]
-)
-def test_icons_are_for_training(world_with_icons, split, restyled, has_icons):
-    options = LayoutOptions(image_size=96, restyled=restyled)
-    drawn = [sample.record for sample in samples_of(world_with_icons, "scenes", split, range(40), 0, options)]
-    styles = Counter(each["style"] for record in drawn for each in record["objects"])
-    assert (styles["mdi"] > 0) is has_icons and styles["round"] > 0
-    assert not has_icons or 0.3 < styles["mdi"] / styles.total() < 0.7
-
-
-def test_what_lines_enclose_is_solid(world_with_icons):
-    [icon] = world_with_icons.pool("train")[0].icons
-    solid = world_with_icons.solid(icon)
-    y, x = np.mgrid[0 : solid.height, 0 : solid.width] - (solid.width - 1) / 2
-    far = np.hypot(y, x) / (solid.width / 2)
-    assert (np.asarray(solid)[far < 0.97] == 255).all() and (np.asarray(solid)[far > 1.06] == 0).all()
-    assert np.asarray(world_with_icons.image(icon))[28, 28, 3] == 0
-
-
-@pytest.mark.parametrize("name", COLOR_NAMES)
-def test_an_icon_takes_on_a_named_colour(world_with_icons, name):
-    [icon] = world_with_icons.pool("train")[0].icons
-    lines, solid = (
-        np.asarray(world_with_icons.image(icon), np.float32),
-        np.asarray(world_with_icons.solid(icon), np.float32),
-    )
-    for seed in range(20):
-        rng = Random(seed)
-        made = color_in(lines, solid, rng, (color_named(name, rng), color_named(name, rng)))
-        assert (made[..., :3] <= made[..., 3:] + 1e-3).all() and np.allclose(made[..., 3], solid)
-        assert color_name(Image.fromarray(made.round().astype(np.uint8), "RGBa").convert("RGBA")) == name
-
-
-def test_few_kinds_are_those_whose_colours_differ(bank_folder):
-    chosen = set(build_world(load_bank(bank_folder), kinds=10).vocabulary.kinds)
-    assert len(chosen) == 10
-    assert not {"strawberry", "tomato"} <= chosen, "both are red"
-    assert {"panda", "ant"} <= chosen, "white and black"
-
-
-def test_few_styles_are_those_that_draw_most_kinds(bank_folder):
-    bank = load_bank(bank_folder)
-    kinds = build_world(bank, styles=1).vocabulary.kinds.values()
-    assert {bank.pictures[index].style for kind in kinds for index in kind.known} == {"round"}
-    assert {bank.pictures[index].style for kind in kinds for index in kind.unseen} == {"openmoji"}
 
 
 @pytest.fixture(scope="module")
@@ -403,6 +230,8 @@ def test_mistakes_are_one_line(bank_folder, tmp_path):
         builder.main(["--bank", str(bank_folder), "--out", str(tmp_path / "x"), "--image-size", "32"])
     with pytest.raises(UserError, match="--texts -1: give a number from 0"):
         builder.main(["--bank", str(bank_folder), "--out", str(tmp_path / "x"), "--texts", "-1"])
+    with pytest.raises(UserError, match="--others: the bank has no things besides"):
+        builder.main(["--bank", str(bank_folder), "--out", str(tmp_path / "x"), "--others", "0.5"])
     with pytest.raises(UserError, match="no picture bank"):
         builder.main(["--bank", str(tmp_path), "--out", str(tmp_path / "x")])
 
