@@ -2,7 +2,6 @@
 
     python data/bank.py --out datasets/bank                          # everything
     python data/bank.py --out datasets/scene_bank --objects scene    # only the objects that scenes are made of
-    python data/bank.py --out datasets/thing_bank --objects things   # and others that training scenes may hold
 
 Downloads pinned npm packages once (into --cache), renders them, and writes a folder that needs no network any more and
 can be carried to another machine. `load_bank(folder)` reads it.
@@ -19,7 +18,6 @@ from pathlib import Path
 
 import numpy as np
 from bank_format import ICONS, Bank, Concept, Picture, files_match, load_bank, read_manifest, save_sheet, write_bank
-from bank_names import is_other_thing
 from bank_packages import PACKAGES, fetch
 from bank_sources import Drawing, drawings, read_catalogue, read_food
 from PIL import Image, ImageDraw, ImageFont
@@ -38,7 +36,7 @@ FLAGS = ("flag-icons", "cldr-localenames-full")
 
 def build(out: Path, *, cache: Path, objects: str, size: int, food: bool, icons: bool, workers: int) -> bool:
     """Make the bank in `out` unless it is there already; returns whether it was made."""
-    left_out = {*(() if food else FOOD), *(() if objects == "all" else FLAGS)}
+    left_out = {*(() if food else FOOD), *(FLAGS if objects == "scene" else ())}
     left_out.update(() if icons else (f"@iconify-json/{style}" for style in ICONS))
     packages = [package for package in PACKAGES if package.name not in left_out]
     wanted = {
@@ -58,12 +56,8 @@ def build(out: Path, *, cache: Path, objects: str, size: int, food: bool, icons:
     if food:
         food_concepts, photographs = read_food(archives)
         concepts, found = concepts + food_concepts, found + photographs
-    if objects != "all":
-        concepts = [
-            each
-            for each in concepts
-            if each.scene or (objects == "things" and is_other_thing(each.name, each.subgroup))
-        ]
+    if objects == "scene":
+        concepts = [concept for concept in concepts if concept.scene]
     order = {concept.id: number for number, concept in enumerate(concepts)}
     found = sorted((d for d in found if d.concept in order), key=lambda d: order[d.concept])  # stable: by style within
     pictures = list(tqdm(render(found, size, workers), total=len(found), desc="render", unit="picture"))
@@ -179,9 +173,7 @@ def run_command(main: Callable[[], None]) -> int:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the bank")
-    parser.add_argument(
-        "--objects", choices=("all", "things", "scene"), default="all", help="which concepts (default: all)"
-    )
+    parser.add_argument("--objects", choices=("all", "scene"), default="all", help="which concepts (default: all)")
     parser.add_argument("--size", type=int, default=96, help="side of a picture in pixels (default: 96)")
     parser.add_argument("--food", action="store_true", help="with 542 food photographs, whose licence is AGPL-3.0-only")
     parser.add_argument(

@@ -64,17 +64,6 @@ RENAMED = {  # CLDR's name -> what people say
     "flying disc": "frisbee",
 }
 
-OTHER_SUBGROUPS = frozenset({
-    "plant-flower", "plant-other", "food-asian", "drink", "dishware", "place-building", "place-other", "hotel", "time", "event",
-    "award-medal", "game", "arts-crafts", "sound", "music", "phone", "computer", "light-video", "book-paper", "money", "mail",
-    "writing", "office", "lock", "science", "medical", "household", "other-object",
-})  # fmt: skip
-NOT_OTHER = frozenset({  # words of names that are no thing's, or have no plural, or promise a colour
-    "sake", "mate", "sushi", "oden", "spaghetti", "yarn", "thread", "soap", "foggy", "sunrise", "sunset", "wood", "bank",
-    "joker", "wedding", "dna", "luggage", "liquid", "construction", "rice", "trackball", "cityscape", "locked", "unlocked",
-    "increasing", "decreasing", "muted", "low", "euro", "red", "orange", "yellow", "green", "blue", "black", "white",
-})  # fmt: skip
-
 WRONG_PICTURES = {  # (style, concept): the set means something else by the name, or draws several
     ("streamline-emojis", "turkey"),  # the flag
     ("emojione", "cricket"),  # the game
@@ -122,9 +111,6 @@ PLURALS = {
     "pufferfish": "pufferfish",
     "fly": "flies",
     "shrimp": "shrimp",
-    "leaf": "leaves",
-    "knife": "knives",
-    "die": "dice",
     "tomato": "tomatoes",
     "potato": "potatoes",
     "mango": "mangoes",
@@ -146,12 +132,6 @@ def scene_name(label: str, subgroup: str) -> str | None:
     if len(words) > 2 or ":" in label or "face" in words or words[-1] in {"light", "person"}:
         return None
     return label
-
-
-def is_other_thing(name: str, subgroup: str) -> bool:
-    """Whether it is a thing with a plural: not exact enough to ask about, but one that a training scene may hold."""
-    is_name = re.fullmatch(r"[A-Za-z]+( [A-Za-z]+)?", name) and not re.search(r"[^siu]s$", name)  # no plural
-    return subgroup in OTHER_SUBGROUPS and bool(is_name) and NOT_OTHER.isdisjoint(name.lower().split())
 
 
 def plural(name: str) -> str:

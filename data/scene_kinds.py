@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from bank_format import Bank, Concept
-from bank_names import article, is_other_thing, plural
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -146,7 +145,6 @@ class Kind:
     known: tuple[int, ...]  # its pictures in the styles that are trained on: indices into the bank
     unseen: tuple[int, ...]  # its pictures in the unseen style
     icons: tuple[int, ...]  # its pictures of one colour
-    is_other: bool  # only training scenes show it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,19 +154,12 @@ class Vocabulary:
     def pool(self, split: str) -> list[Kind]:
         """The kinds that a split's scenes are drawn from, in the order of their ids."""
         if split == "test_style":
-            return [kind for kind in self._exact() if kind.unseen and not is_new(kind.id)]
-        return [kind for kind in self._exact() if kind.known and not is_new(kind.id)]
+            return [kind for kind in self.kinds.values() if kind.unseen and not is_new(kind.id)]
+        return [kind for kind in self.kinds.values() if kind.known and not is_new(kind.id)]
 
     def new_concepts(self) -> list[Kind]:
         """The kinds that only `test_concept` shows."""
-        return [kind for kind in self._exact() if kind.known and is_new(kind.id)]
-
-    def others(self) -> list[Kind]:
-        """The kinds that training scenes may hold besides those of their pool."""
-        return [kind for kind in self.kinds.values() if kind.is_other]
-
-    def _exact(self) -> list[Kind]:
-        return [kind for kind in self.kinds.values() if not kind.is_other]
+        return [kind for kind in self.kinds.values() if kind.known and is_new(kind.id)]
 
 
 def fraction(key: str) -> float:
@@ -191,12 +182,9 @@ def may_meet(a: Kind, b: Kind) -> bool:
     return b.id not in a.alike
 
 
-def build_vocabulary(
-    bank: Bank, number: int | None = None, styles: int | None = None, *, others: bool = False
-) -> Vocabulary:
+def build_vocabulary(bank: Bank, number: int | None = None, styles: int | None = None) -> Vocabulary:
     """The kinds of a bank, or `number` of them whose colours differ most, in every style or in the `styles` that draw most
-    of the bank's kinds (and the unseen one): the same ones every time. With `others` also those that it has besides.
-    UserError when it has too few."""
+    of the bank's kinds (and the unseen one): the same ones every time. UserError when it has too few."""
     concepts = {id: concept for id, concept in sorted(bank.concepts.items()) if concept.scene}
     drawn = Counter(
         each.style
@@ -226,41 +214,7 @@ def build_vocabulary(
         )
         for id, concept in concepts.items()
     }
-    return Vocabulary(kinds=kinds | _other_kinds(bank, concepts.values(), trained_on) if others else kinds)
-
-
-def _other_kinds(bank: Bank, exact: Iterable[Concept], styles: Sequence[str]) -> dict[str, Kind]:
-    """Things whose names have no word of an exact kind's, and pass for no family. Those with a word in common never meet."""
-    taken = {word for concept in exact for word in concept.name.lower().split()}
-    words = {
-        id: set(concept.name.lower().split())
-        for id, concept in sorted(bank.concepts.items())
-        if not concept.scene and is_other_thing(concept.name, concept.subgroup) and not is_new(id)
-    }
-    known: dict[str, list[int]] = {id: [] for id in words if not words[id] & taken}
-    for index, picture in enumerate(bank.pictures):
-        if picture.concept in known and picture.style in styles:
-            known[picture.concept].append(index)
-    return {
-        id: Kind(
-            id=id,
-            name=bank.concepts[id].name,
-            plural=plural(bank.concepts[id].name),
-            article=article(bank.concepts[id].name),
-            names=bank.concepts[id].names,
-            synonym=None,
-            kin=bank.concepts[id].subgroup,
-            families=frozenset(),
-            disputed=frozenset(family.singular for family in FAMILIES),
-            alike=frozenset(other for other in known if words[other] & words[id]),
-            known=tuple(drawn),
-            unseen=(),
-            icons=(),
-            is_other=True,
-        )
-        for id, drawn in known.items()
-        if drawn
-    }
+    return Vocabulary(kinds=kinds)
 
 
 def _most_different(bank: Bank, drawn: dict[str, list[int]], number: int) -> list[str]:
@@ -299,7 +253,6 @@ def _kind(concept: Concept, everyone: Iterable[Concept], taken: set[str], **pict
         families=frozenset(f.singular for f in FAMILIES if concept.subgroup in f.subgroups and name not in f.disputed),
         disputed=frozenset(f.singular for f in FAMILIES if name in f.disputed),
         alike=frozenset(other.id for other in everyone if other.name in relatives),
-        is_other=False,
         **pictures,
     )
 

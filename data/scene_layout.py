@@ -67,7 +67,6 @@ class LayoutOptions:
     styles: int | None = None  # and in so many styles only
     plain: bool = False  # all backgrounds white
     restyled: float = 0.0  # share of a training scene's things that are drawn in a made-up style
-    others: float = 0.0  # share of a training scene's kinds that are of other things, which no other split shows
     statements: tuple[str, ...] = ()  # the types of sentence about pairs; none: all of them
 
 
@@ -147,7 +146,7 @@ def _try_counts(
     if not _suits(split, counts):
         total = max(total, counts.total() + 1)
     while left := max(total - counts.total(), 0):
-        kind = _draw_kind(world, split, rng, [*counts], blocked, options.others)
+        kind = _draw_kind(world, split, rng, [*counts], blocked)
         if kind is None:
             break
         most = left if counts else left - 1  # two kinds or more
@@ -163,14 +162,10 @@ def _suits(split: str, kinds: Iterable[Kind]) -> bool:
     return split != "test_concept" or any(is_new(kind.id) for kind in kinds)
 
 
-def _draw_kind(
-    world: World, split: str, rng: Random, there: Sequence[Kind], blocked: frozenset[str], others: float
-) -> Kind | None:
+def _draw_kind(world: World, split: str, rng: Random, there: Sequence[Kind], blocked: frozenset[str]) -> Kind | None:
     """A kind that may join those that are there; None when none is found."""
     pools = [world.pool(split)]
-    if others and split == "train" and rng.random() < others:
-        pools = [world.others, *pools]
-    elif split == "test_concept" and (not _suits(split, there) or rng.random() < 0.5):
+    if split == "test_concept" and (not _suits(split, there) or rng.random() < 0.5):
         pools = [world.new_concepts, *pools]
     elif split == "test_combination" and there and not _suits(split, there):
         pools = [[kind for kind in pools[0] if any(pair_held_out(kind, other) for other in there)]]

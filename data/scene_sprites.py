@@ -82,10 +82,6 @@ class World:
     def new_concepts(self) -> list[Kind]:
         return self.vocabulary.new_concepts()
 
-    @cached_property
-    def others(self) -> list[Kind]:
-        return self.vocabulary.others()
-
     def kin(self, split: str, kin: str) -> list[Kind]:
         """The kinds of a split's pool with the same `kin`."""
         if (split, kin) not in self._kin:
@@ -109,9 +105,9 @@ class World:
         return {name: count / found.total() for name, count in sorted(found.items())}
 
 
-def build_world(bank: Bank, kinds: int | None = None, styles: int | None = None, *, others: bool = False) -> World:
-    """All kinds of a bank in all its styles, or so many of them; with `others` also those for training scenes alone."""
-    return World(bank, build_vocabulary(bank, kinds, styles, others=others))
+def build_world(bank: Bank, kinds: int | None = None, styles: int | None = None) -> World:
+    """All kinds of a bank in all its styles, or so many of them."""
+    return World(bank, build_vocabulary(bank, kinds, styles))
 
 
 def visible_box(alpha: Image.Image) -> tuple[int, int, int, int] | None:

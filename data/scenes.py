@@ -66,10 +66,8 @@ def build(
 ) -> dict[str, SplitStats]:
     """Make every split; `scenes` and `pairs` say how many of each. Returns the figures by split."""
     bank = load_bank(bank_folder)
-    world = build_world(bank, layout.kinds, layout.styles, others=layout.others > 0)
+    world = build_world(bank, layout.kinds, layout.styles)
     _check(world, [split for split in SPLITS if scenes[split] or pairs[split]])
-    if layout.others and not world.others:
-        raise UserError("--others: the bank has no things besides those of scenes; make it with: --objects things")
     new = new_folder(out)
     folders = {split: new / "images" / split for split in SPLITS if _keeps(images, split)}
     stats = {split: SplitStats() for split in SPLITS}
@@ -108,7 +106,7 @@ def build(
 
 def sheet_samples(bank_folder: Path, seed: int, layout: LayoutOptions) -> tuple[list[Sample], list[Sample]]:
     """The first training scenes and pairs of several sentences, for the contact sheet."""
-    world = build_world(load_bank(bank_folder), layout.kinds, layout.styles, others=layout.others > 0)
+    world = build_world(load_bank(bank_folder), layout.kinds, layout.styles)
     scenes = list(samples_of(world, "scenes", "train", range(SHEET[0]), seed, layout))
     pairs = list(samples_of(world, "pairs", "train", range(PAIRS * SHEET[1]), seed, layout))
     return scenes, [pairs[PAIRS * number + number % PAIRS] for number in range(SHEET[1])]
@@ -116,8 +114,8 @@ def sheet_samples(bank_folder: Path, seed: int, layout: LayoutOptions) -> tuple[
 
 def _start(bank_folder: Path, seed: int, layout: LayoutOptions, images: dict[str, Path]) -> None:
     global _world, _seed, _layout, _images
-    _world = build_world(load_bank(bank_folder), layout.kinds, layout.styles, others=layout.others > 0)
-    _seed, _layout, _images = seed, layout, images
+    _world, _seed, _layout = build_world(load_bank(bank_folder), layout.kinds, layout.styles), seed, layout
+    _images = images
 
 
 def _make(chunk: tuple[str, str, range]) -> Packed:
@@ -230,7 +228,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--styles", type=int, help="in so many styles only, besides the unseen one (default: all of the bank)")
     add("--plain", action="store_true", help="white backgrounds")
     add("--restyled", type=float, default=0.0, help="share of training drawings in made-up styles (default: 0)")
-    add("--others", type=float, default=0.0, help="share of training things of other kinds (default: 0)")
     add("--statements", nargs="+", choices=STATEMENTS, default=(), help="types of sentence about pairs (default: all)")
     add("--max-overlap", type=float, default=0.08, help="share of the smaller of two boxes (default: 0.08)")
     add("--images", choices=("all", "held-out", "none"), default="all", help="splits with picture files (default: all)")
@@ -251,7 +248,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ("kinds", 12, 10_000_000),
         ("styles", 1, 10_000_000),
         ("restyled", 0, 1),
-        ("others", 0, 1),
         ("max_overlap", 0, 0.3),
         ("shard_size", 1, 10_000_000),
         ("workers", 1, 4096),
@@ -270,7 +266,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         styles=options.styles,
         plain=options.plain,
         restyled=options.restyled,
-        others=options.others,
         statements=tuple(options.statements),
     )
     stats = build(

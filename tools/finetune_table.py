@@ -159,11 +159,9 @@ def scenes_of(overrides: Sequence[str]) -> str:
         made = json.loads(manifest.read_text(encoding="utf-8"))
         scenes, restyled = made["scenes"]["train"], made["layout"].get("restyled", 0)
         icons = " and icons" if restyled and made.get("icons") else ""
-        others = made["layout"].get("others", 0)
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{manifest} does not say what was made; make the scenes with data/scenes.py") from None
-    said = f"{scenes} scenes" + (f", {restyled} restyled{icons}" if restyled else "")
-    return said + (f", {others} other things" if others else "")
+    return f"{scenes} scenes" + (f", {restyled} restyled{icons}" if restyled else "")
 
 
 def append(path: Path, rows: Iterable[dict[str, Any]], data: str) -> None:

@@ -2,14 +2,12 @@
 
 import io
 from collections import Counter
-from dataclasses import replace
 from random import Random
 
 import numpy as np
 import pytest
 from bank_format import Picture, load_bank, write_bank
 from PIL import Image, ImageColor, ImageDraw
-from scene_kinds import SPLITS
 from scene_layout import LayoutOptions
 from scene_make import samples_of
 from scene_restyle import color_in, restyle
@@ -89,29 +87,6 @@ def test_an_icon_takes_on_a_named_colour(world_with_icons, name):
         made = color_in(lines, solid, rng, (color_named(name, rng), color_named(name, rng)))
         assert (made[..., :3] <= made[..., 3:] + 1e-3).all() and np.allclose(made[..., 3], solid)
         assert color_name(Image.fromarray(made.round().astype(np.uint8), "RGBa").convert("RGBA")) == name
-
-
-def test_other_things_are_for_training_and_of_no_family(bank_folder, tmp_path):
-    bank = load_bank(bank_folder)
-    pencil = replace(bank.concepts["crown"], id="pencil", name="pencil", subgroup="writing", scene=False)
-    others = [pencil] + [replace(pencil, id=name, name=name) for name in ("red pen", "scissors", "pig pencil")]
-    drawn = [replace(bank.pictures[0], concept=other.id) for other in others]
-    write_bank(
-        tmp_path / "bank", [*bank.concepts.values(), *others], [*bank.pictures, *drawn], {"made_of": {}, "packages": []}
-    )
-    bank = load_bank(tmp_path / "bank")
-    assert not build_world(bank).others
-    world, options = build_world(bank, others=True), LayoutOptions(image_size=96, others=0.6)
-    assert [(kind.id, kind.plural) for kind in world.others] == [("pencil", "pencils")]
-    shown = {split: [s.record for s in samples_of(world, "scenes", split, range(60), 0, options)] for split in SPLITS}
-    holds = {
-        split: [any(each["name"] == "pencil" for each in record["objects"]) for record in shown[split]]
-        for split in SPLITS
-    }
-    assert any(holds.pop("train")) and not any(map(any, holds.values()))
-    for record in shown["train"]:
-        asked = {each["question_type"] for each in record["questions"]}
-        assert "count_family" not in asked or not any(each["name"] == "pencil" for each in record["objects"])
 
 
 def test_few_kinds_are_those_whose_colours_differ(bank_folder):

@@ -230,8 +230,6 @@ def test_mistakes_are_one_line(bank_folder, tmp_path):
         builder.main(["--bank", str(bank_folder), "--out", str(tmp_path / "x"), "--image-size", "32"])
     with pytest.raises(UserError, match="--texts -1: give a number from 0"):
         builder.main(["--bank", str(bank_folder), "--out", str(tmp_path / "x"), "--texts", "-1"])
-    with pytest.raises(UserError, match="--others: the bank has no things besides"):
-        builder.main(["--bank", str(bank_folder), "--out", str(tmp_path / "x"), "--others", "0.5"])
     with pytest.raises(UserError, match="no picture bank"):
         builder.main(["--bank", str(tmp_path), "--out", str(tmp_path / "x")])
 
