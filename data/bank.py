@@ -10,7 +10,6 @@ can be carried to another machine. `load_bank(folder)` reads it.
 import argparse
 import importlib.util
 import io
-import multiprocessing
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +20,7 @@ from bank_format import ICONS, Bank, Concept, Picture, files_match, load_bank, r
 from bank_packages import PACKAGES, fetch
 from bank_sources import Drawing, drawings, read_catalogue, read_food
 from PIL import Image, ImageDraw, ImageFont
+from processes import in_processes
 from tqdm import tqdm
 
 from vlmoe.errors import UserError
@@ -71,11 +71,7 @@ def build(out: Path, *, cache: Path, objects: str, size: int, food: bool, icons:
 def render(found: Sequence[Drawing], size: int, workers: int) -> Iterator[Picture | None]:
     """The pictures of the drawings, in order; None for one that is blank or too small."""
     work = [(drawing, size) for drawing in found]
-    if workers == 1:
-        yield from map(render_one, work)
-        return
-    with multiprocessing.get_context("spawn").Pool(workers) as pool:
-        yield from pool.imap(render_one, work, chunksize=32)
+    return in_processes(render_one, work, workers, start_method="spawn", chunksize=32)
 
 
 def render_one(work: tuple[Drawing, int]) -> Picture | None:

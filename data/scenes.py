@@ -19,9 +19,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -29,6 +27,7 @@ from typing import Any
 
 from bank import run_command
 from bank_format import load_bank, new_folder, put_in_place, save_sheet
+from processes import in_processes
 from scene_files import Packed, PairIndex, SceneIndexes, Shards, credits_text, pack
 from scene_kinds import SPLITS
 from scene_layout import LayoutOptions
@@ -82,13 +81,8 @@ def build(
     ]
     seconds: dict[str, float] = {"scenes": 0.0, "pairs": 0.0, "texts": 0.0}
     with ExitStack() as stack:
-        if workers == 1:
-            _start(bank_folder, seed, layout, folders)
-            made = map(_make, chunks)
-        else:
-            pool = ProcessPoolExecutor(workers, initializer=_start, initargs=(bank_folder, seed, layout, folders))
-            stack.callback(pool.shutdown, cancel_futures=True)
-            made = pool.map(_make, chunks)
+        making = in_processes(_make, chunks, workers, initializer=_start, initargs=(bank_folder, seed, layout, folders))
+        made = stack.enter_context(closing(making))
         bar = stack.enter_context(tqdm(total=sum(number for *_, number in wanted), desc="scenes", unit="sample"))
         for what, split, number in wanted:
             bar.set_description(f"{what} {split}")
@@ -132,14 +126,9 @@ def _make(chunk: tuple[str, str, range]) -> Packed:
 
 
 def _counted(made: Iterator[Packed], bar: "tqdm[Any]") -> Iterator[Packed]:
-    try:
-        for packed in made:
-            bar.update(len(packed.members))
-            yield packed
-    except BrokenProcessPool:
-        raise UserError(
-            "a process that makes scenes was ended, as happens where memory is short: use fewer --workers"
-        ) from None
+    for packed in made:
+        bar.update(len(packed.members))
+        yield packed
 
 
 def _write(

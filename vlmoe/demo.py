@@ -139,9 +139,9 @@ def _draw_answers(path: Path, samples: list[Sample]) -> None:
 
 def _draw_statements(path: Path) -> None:
     """Held-out pairs of scenes beside what is said of them, and what the fine-tuned model holds of it."""
-    model, config = load_model(RUNS / "nlvr2"), load("recipes/demo/nlvr2.yaml")
-    assert isinstance(config, FinetuneConfig)
-    examples = open_examples(config.data.examples.eval_sources, recipe_key="data.examples.eval_sources")
+    model = load_model(RUNS / "nlvr2")
+    assert isinstance(model.config, FinetuneConfig)
+    examples = open_examples(model.config.data.examples.eval_sources, recipe_key="data.examples.eval_sources")
     pictures, lines = [], []
     for number in range(SHOWN):
         sample = examples.place(PAIRS_OF_A_SENTENCE * number + number % PAIRS_OF_A_SENTENCE).load()
