@@ -228,9 +228,7 @@ def _backend(config: ModelConfig, device: torch.device) -> str:
         return ffn.backend if sparse_layers(config) else ""
     width = config.dim // (ffn.num_heads if ffn.kind == "mhmoe" else 1)
     hidden_dim = expert_dim(ffn, config.dim)
-    return fastest_backend(
-        torch.empty(0, width, dtype=torch.bfloat16, device=device), hidden_dim, slots_per_expert=math.inf
-    )
+    return fastest_backend(torch.empty(0, width, dtype=torch.bfloat16, device=device), hidden_dim)
 
 
 def _read_recipe(recipe: Path, name: str) -> PretrainConfig:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
@@ -54,7 +55,7 @@ def block_order(order: SlotOrder, capacity: int) -> tuple[SlotOrder, Int[Tensor,
     blocks = num_blocks(order.sizes.long(), capacity)
     experts = torch.repeat_interleave(torch.arange(num_experts, device=device), blocks)
     used, first = len(experts), blocks.cumsum(0) - blocks
-    experts = torch.nn.functional.pad(experts, (0, 0 if used == num_experts else -used % 8))
+    experts = F.pad(experts, (0, 0 if used == num_experts else -used % 8))
     within = (torch.arange(len(experts), device=device) - first[experts]) * capacity
     within = torch.where(torch.arange(len(experts), device=device) < used, within, num_slots)  # padding holds no slot
     old = (starts[experts] + within)[:, None] + torch.arange(capacity, device=device)
@@ -83,14 +84,25 @@ def combine(
     return _Combine.apply(y, weights, order.slots, order.places, order.ends)
 
 
-def _by_row(in_order: Tensor, places: Tensor, ends: Tensor) -> Tensor:
-    """[slots, dim] in expert order -> [rows, top_k, dim], zero where a slot has no expert."""
-    by_row = in_order.index_select(0, places.flatten().clamp(max=len(in_order) - 1))
-    by_row = by_row.view(*places.shape, in_order.shape[1])
+def _sum_by_row(in_order: Tensor, places: Tensor, ends: Tensor, weights: Tensor | None = None) -> Tensor:
+    """[slots, dim] in expert order -> [rows, dim]: the (weighted) sum over a row's slots that have an expert, accumulated in
+    float32 (float64)."""
     has_none = places >= ends[-1]
-    if by_row.device.type == "cpu" and not torch.compiler.is_compiling() and not has_none.any():
-        return by_row  # which there costs a pass less, and waits for nothing
-    return by_row.masked_fill_(has_none[..., None], 0)
+    if in_order.device.type == "cpu" and not torch.compiler.is_compiling() and not has_none.any():
+        return _bags(in_order, places, weights)
+    by_row = in_order.index_select(0, places.flatten().clamp(max=len(in_order) - 1))
+    by_row = by_row.view(*places.shape, in_order.shape[1]).masked_fill_(has_none[..., None], 0)
+    return (by_row if weights is None else by_row * weights[..., None]).sum(1).to(in_order.dtype)
+
+
+def _bags(table: Tensor, indices: Tensor, weights: Tensor | None) -> Tensor:
+    """(Weighted) sums of rows of a table in one pass on a CPU. Its operator takes weights in the dtype of the table only: those
+    of 16 bits come as two terms, so that their sum is nearly that of float32."""
+    if weights is not None and weights.dtype != table.dtype:
+        high = weights.to(table.dtype)
+        weights = torch.cat([high, (weights - high).to(table.dtype)], 1)
+        indices = torch.cat([indices, indices], 1)
+    return F.embedding_bag(indices, table, mode="sum", per_sample_weights=weights)
 
 
 class _Dispatch(torch.autograd.Function):
@@ -103,14 +115,14 @@ class _Dispatch(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
         (grad,) = grad_outputs
         places, ends = ctx.saved_tensors
-        return _by_row(grad, places, ends).sum(1), None, None, None
+        return _sum_by_row(grad, places, ends), None, None, None
 
 
 class _Combine(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, y: Tensor, weights: Tensor, slots: Tensor, places: Tensor, ends: Tensor) -> Tensor:
         ctx.save_for_backward(y, weights, slots, places, ends)
-        return (_by_row(y, places, ends) * weights[..., None]).sum(1).to(y.dtype)
+        return _sum_by_row(y, places, ends, weights)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
@@ -118,6 +130,13 @@ class _Combine(torch.autograd.Function):
         y, weights, slots, places, ends = ctx.saved_tensors
         held = slots.clamp(min=0)
         slot_weights = torch.where(slots >= 0, weights.flatten().index_select(0, held), 0)
-        grad_y = grad.index_select(0, held // places.shape[1]) * slot_weights[:, None]
-        grad_weights = (_by_row(y, places, ends) * grad[:, None].to(weights.dtype)).sum(-1)
-        return grad_y.to(y.dtype), grad_weights, None, None, None
+        rows = held // places.shape[1]
+        grads = grad.index_select(0, rows)
+        if grad.device.type == "cpu" and not torch.compiler.is_compiling():
+            grad_y = _bags(grad, rows[:, None], slot_weights[:, None])
+            dots = (y * grads).sum(-1).to(weights.dtype)
+        else:
+            grad_y = (grads * slot_weights[:, None]).to(y.dtype)
+            dots = (y * grads.to(weights.dtype)).sum(-1)
+        dots = dots.index_select(0, places.flatten().clamp(max=len(y) - 1)).view(places.shape)
+        return grad_y, dots.masked_fill_(places >= ends[-1], 0), None, None, None

@@ -4,7 +4,7 @@ Axes: `rows` of width `dim` with `top_k` slots each; `slots` = rows * top_k; `ex
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from vlmoe.nn.dispatch import block_order, combine, dispatch, num_blocks, order_slots
 from vlmoe.nn.kernels import triton_experts, triton_problem
 
-FEW_SLOTS = 256  # per expert: below it one product for all beats a loop on a CPU
-NARROW = 128  # width of a row: below it that holds in bfloat16 for any number of slots
+SMALL = 2**15  # values of an expert's matrix: below it one product for all experts beats a loop on a CPU, in bfloat16
 BLOCK = 32  # rows; CPUs in 16 bits multiply multiples of it
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "swiglu": F.silu}
 
@@ -71,7 +70,7 @@ def experts(
     if weights.dtype != torch.float64:
         weights = weights.float()
     if backend == "auto":
-        backend = fastest_backend(x, w_in.shape[1], slots_per_expert=expert_ids.numel() / len(w_in))
+        backend = fastest_backend(x, w_in.shape[1])
     return _checked_backend(backend)(x, expert_ids, weights, bank, _checked_activation(activation))
 
 
@@ -89,20 +88,18 @@ def loop_experts(
     """
     num_experts, act = len(bank.w_in), ACTIVATIONS[activation]
     order = order_slots(expert_ids, num_experts)
-    sizes = order.sizes
+    ends = order.ends
     if x.device.type == "cpu" and x.dtype.itemsize == 2 and expert_ids.numel():
+        ends = (num_blocks(order.sizes, BLOCK) * BLOCK).cumsum(0)
         order, _ = block_order(order, BLOCK)
-        sizes = num_blocks(sizes, BLOCK) * BLOCK
-    slots, sizes = dispatch(x, order), sizes.tolist()
-    *groups, tail = slots.split([*sizes, len(slots) - sum(sizes)])
-    # unbind, not indexing: the gradient of w[e] would be E zero-filled banks
-    per_expert = [[None] * num_experts if each is None else each.unbind() for each in bank]
-    outputs = []
-    for rows, w_in, w_out, b_in, b_out, w_gate, b_gate in zip(groups, *per_expert, strict=True):
-        hidden = F.linear(rows, w_in, b_in)
-        hidden = act(hidden) if w_gate is None else act(F.linear(rows, w_gate, b_gate)) * hidden
-        outputs.append(F.linear(hidden, w_out, b_out))
-    return combine(torch.cat([*outputs, torch.zeros_like(tail)]), weights, order)
+    rows = dispatch(x, order)
+
+    def linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return _linear_by_expert(rows, weight, bias, ends)
+
+    hidden = linear(rows, bank.w_in, bank.b_in)
+    hidden = act(hidden) if bank.w_gate is None else act(linear(rows, bank.w_gate, bank.b_gate)) * hidden
+    return combine(linear(hidden, bank.w_out, bank.b_out), weights, order)
 
 
 def batched_experts(
@@ -115,7 +112,7 @@ def batched_experts(
     """One batched product: over experts padded to the fullest one where that is near the mean, else over blocks of a
     quarter of the mean, with the weights copied to each block. Waits for the device to learn how many there are.
 
-    In bfloat16 this is the fast one on CPUs where products are small: few shapes occur, as in the padded loop, and few calls.
+    In bfloat16 this is the fast one on CPUs where experts are small: few shapes occur, as in the padded loop, and few calls.
     """
     num_experts, act = len(bank.w_in), ACTIVATIONS[activation]
     if not expert_ids.numel():
@@ -228,6 +225,64 @@ class Experts(nn.Module):
         )
 
 
+@torch.library.custom_op("vlmoe::linear_by_expert", mutates_args=())
+def _linear_by_expert(rows: Tensor, weight: Tensor, bias: Tensor | None, ends: Tensor) -> Tensor:
+    """`F.linear` of rows in expert order, one product after another into one tensor; the tail is not written."""
+    y = rows.new_empty(len(rows), weight.shape[1])
+    for e, of_expert in _spans(ends):
+        if bias is None:
+            torch.mm(rows[of_expert], weight[e].t(), out=y[of_expert])
+        else:
+            torch.addmm(bias[e], rows[of_expert], weight[e].t(), out=y[of_expert])
+    return y
+
+
+@_linear_by_expert.register_fake
+def _(rows: Tensor, weight: Tensor, bias: Tensor | None, ends: Tensor) -> Tensor:
+    return rows.new_empty(len(rows), weight.shape[1])
+
+
+@torch.library.custom_op("vlmoe::linear_by_expert_backward", mutates_args=())
+def _linear_by_expert_backward(
+    grad: Tensor, rows: Tensor, weight: Tensor, ends: Tensor, has_bias: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of rows, weight and bias (empty if there is none), each written once where it belongs."""
+    grad_rows, grad_weight = torch.empty_like(rows), torch.empty_like(weight)
+    grad_bias = weight.new_empty(weight.shape[:2] if has_bias else 0)
+    for e, of_expert in _spans(ends):
+        torch.mm(grad[of_expert], weight[e], out=grad_rows[of_expert])
+        torch.mm(grad[of_expert].t(), rows[of_expert], out=grad_weight[e])
+        if has_bias:
+            torch.sum(grad[of_expert], 0, out=grad_bias[e])
+    return grad_rows, grad_weight, grad_bias
+
+
+@_linear_by_expert_backward.register_fake
+def _(grad: Tensor, rows: Tensor, weight: Tensor, ends: Tensor, has_bias: bool) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(rows), torch.empty_like(weight), weight.new_empty(weight.shape[:2] if has_bias else 0)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    rows, weight, bias, ends = inputs
+    ctx.save_for_backward(rows, weight, ends)
+    ctx.has_bias = bias is not None
+
+
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
+    rows, weight, bias = _linear_by_expert_backward(grad.contiguous(), *ctx.saved_tensors, ctx.has_bias)
+    return rows, weight, bias if ctx.has_bias else None, None
+
+
+_linear_by_expert.register_autograd(_gradients, setup_context=_keep)
+
+
+def _spans(ends: Tensor) -> Iterator[tuple[int, slice]]:
+    start = 0
+    for e, end in enumerate(ends.tolist()):
+        yield e, slice(start, end)
+        start = end
+
+
 class _AddBias(torch.autograd.Function):
     """Rows in expert order plus the bias of their expert; the gradient is one more grouped product."""
 
@@ -275,18 +330,17 @@ def _grouped_problem(dtype: torch.dtype, dim: int, hidden_dim: int) -> str | Non
     return None
 
 
-def fastest_backend(x: Tensor, hidden_dim: int, *, slots_per_expert: float) -> str:
-    """What "auto" takes, as measured (docs/benchmarks): CPUs run many experts with few slots each best as one product."""
-    is_compiling = torch.compiler.is_compiling()
+def fastest_backend(x: Tensor, hidden_dim: int) -> str:
+    """What "auto" takes, as measured (docs/benchmarks)."""
     if x.device.type not in ("cpu", "cuda") or _grouped_problem(x.dtype, x.shape[1], hidden_dim):
         return "loop"
     if x.device.type == "cuda":
         return "triton" if x.shape[1] <= 256 and triton_problem(x, hidden_dim) is None else "grouped"
-    if x.dtype == torch.float32:  # dynamo refuses grouped products of it
-        return "grouped" if slots_per_expert < FEW_SLOTS and not is_compiling else "loop"
-    if is_compiling:
+    if x.dtype == torch.float32:
+        return "loop"
+    if torch.compiler.is_compiling():  # the others would break its graph
         return "grouped"
-    return "batched" if slots_per_expert < FEW_SLOTS or x.shape[1] < NARROW else "loop"
+    return "batched" if x.shape[1] * hidden_dim < SMALL else "loop"
 
 
 def _checked_backend(name: str) -> Backend:
