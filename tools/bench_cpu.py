@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from vlmoe.nn import MHMoE
 from vlmoe.nn.budget import dense_cost, flops_parity_hidden_dim
 from vlmoe.nn.ffn import FeedForward
+from vlmoe.train.memory import keep_freed_memory
 from vlmoe.train.trainer import multiplies_bf16
 
 SHAPES = ((192, 2, 20, 1024), (384, 3, 30, 2048), (768, 4, 32, 2048))  # width, heads, experts, tokens
@@ -23,6 +24,7 @@ TOP_K = 2
 def cpu(*, repeats: int) -> Iterable[dict[str, Any]]:
     """Forward + backward of one layer, in bf16 too where the processor multiplies it (elsewhere it is emulated, and no recipe
     takes it). All ways of a shape take turns, so that a busy machine slows all of them alike."""
+    keep_freed_memory()  # as training does
     precisions = ("fp32", "bf16") if multiplies_bf16(torch.device("cpu")) else ("fp32",)
     for dim, heads, experts, tokens in SHAPES:
         hidden = flops_parity_hidden_dim(dense_cost(dim, 4 * dim), dim=dim, top_k=TOP_K)

@@ -32,6 +32,7 @@ from vlmoe.tasks import Task, load_run, make_task
 from vlmoe.train import checkpoint, parallel
 from vlmoe.train.checkpoint import clear_disk_errors
 from vlmoe.train.graphs import GraphedUpdate, Update
+from vlmoe.train.memory import keep_freed_memory
 from vlmoe.train.optim import learning_rate, make_optimizer, set_learning_rate
 from vlmoe.train.tracker import Tracker
 
@@ -84,6 +85,8 @@ def evaluate(run: Path, overrides: list[str]) -> dict[str, float]:
 
 def _train(config: RunConfig, ranks: parallel.Ranks) -> Outcome:
     run = Path(config.out)
+    if ranks.device.type == "cpu":
+        keep_freed_memory()
     torch.manual_seed(config.seed)
     task = make_task(config, ranks.device)
     _check_backend(config, ranks)
