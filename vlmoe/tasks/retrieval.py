@@ -111,8 +111,10 @@ class Retrieval:
         texts = self.embed_texts(model, [text for captions in part["captions"] for text in captions]).cpu().numpy()
         parts = np.split(texts, np.cumsum(counts)[:-1])
         return [
-            {"id": key, "image_id": image_id, "image": image, "texts": captions}
-            for key, image_id, image, captions in zip(part["id"], part["image_id"], images, parts, strict=True)
+            {"id": key, "image_id": image_id, "image": image, "captions": captions, "texts": embedded}
+            for key, image_id, image, captions, embedded in zip(
+                part["id"], part["image_id"], images, part["captions"], parts, strict=True
+            )
         ]
 
     def score(self, predictions: list[dict[str, Any]]) -> dict[str, float]:
@@ -123,9 +125,14 @@ class Retrieval:
         records = self.held_out.in_order(predictions)
         pictures = {each["image_id"]: each["image"] for each in records}
         number_of = {image_id: number for number, image_id in enumerate(pictures)}
+        # equal captions tie: their embeddings would differ in the last bits, by the batches that they came in
+        texts: dict[str, np.ndarray] = {}
+        for each in records:
+            for caption, embedded in zip(each["captions"], each["texts"], strict=True):
+                texts.setdefault(caption, embedded)
         recalls = recall_at_k_of_embeddings(
             np.stack(list(pictures.values())),
-            np.concatenate([each["texts"] for each in records]),
+            np.stack([texts[caption] for each in records for caption in each["captions"]]),
             np.concatenate([np.full(len(each["texts"]), number_of[each["image_id"]]) for each in records]),
             KS,
         )

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -70,9 +71,17 @@ def test_retrieval_learns(recipe):
 
 
 def test_retrieval_scores_equal_the_naive_matrix(recipe, tmp_path):
-    train(recipe("retrieval", "steps=1"))
-    scored = evaluate(tmp_path / "run", ["data.examples.batch_size=7"])
-    run = load_run(tmp_path / "run", CPU, [])
+    """On different pictures: the scores of equal ones differ in the last bits, by the batches that they came in."""
+    config = recipe("retrieval", "steps=1")
+    train(config)
+    index = json.loads(Path(config.data.examples.eval_sources[0].index).read_text())
+    number_of = {each["caption"]: each["image_id"] for each in index["annotations"]}
+    for name, key in (("images", "id"), ("annotations", "image_id")):
+        index[name] = [each for each in index[name] if each[key] in number_of.values()]
+    (tmp_path / "different.json").write_text(json.dumps(index))
+    different = f"data.examples.eval_sources[0].index={tmp_path / 'different.json'}"
+    scored = evaluate(tmp_path / "run", ["data.examples.batch_size=7", different])
+    run = load_run(tmp_path / "run", CPU, [different])
     assert isinstance(run.task, Retrieval)
     samples = [place.load() for place in run.task.open_held_out()["examples"]]
     rng = np.random.default_rng(0)
@@ -80,9 +89,29 @@ def test_retrieval_scores_equal_the_naive_matrix(recipe, tmp_path):
         images = [to_float(run.task.prepare(each, "examples", rng, False)["image"]) for each in samples]
         image_embedding = torch.cat([run.model(image[None]).image_embedding for image in images])
         text_embedding = torch.cat([run.task.embed_texts(run.model, [t]) for each in samples for t in each.texts])
-    naive = recall_at_k(image_embedding @ text_embedding.T, np.repeat(np.arange(16), 2))
+    naive = recall_at_k(image_embedding @ text_embedding.T, np.repeat(np.arange(len(images)), 2))
     assert scored.pop("mean_recall") == pytest.approx(naive.pop("mean"))
     assert scored == pytest.approx({f"{way}/{k}": value for way, each in naive.items() for k, value in each.items()})
+
+
+def test_equal_captions_tie_in_retrieval(recipe):
+    """However their embeddings were rounded: the first of them in the index is the one that is found."""
+    task = make_task(recipe("retrieval"), CPU)
+    task.open_held_out()
+    images, texts = np.eye(16, dtype=np.float32), np.eye(16, dtype=np.float32)
+    images[1] = images[2]
+    texts[1] = texts[0] * (1 + 1e-6)
+    predictions = [
+        {
+            "id": key,
+            "image_id": i,
+            "image": images[i],
+            "captions": [f"a disc and {max(i, 1)} bars"],
+            "texts": texts[[i]],
+        }
+        for i, key in enumerate(task.held_out.ids)
+    ]
+    assert task.score(predictions)["image_to_text/recall@1"] == 100 * 15 / 16  # all but number 1
 
 
 @pytest.mark.parametrize("task", ["captioning", "retrieval"])
