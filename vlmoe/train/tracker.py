@@ -11,18 +11,21 @@ from vlmoe.config import RunConfig, to_yaml
 from vlmoe.errors import UserError
 from vlmoe.train.checkpoint import clear_disk_errors
 
+SMOOTHING = 0.3  # weight of the newest rate
+
 
 class Tracker:
     """Writes `metrics.jsonl` as one JSON object per line; lines after `first_step` of an earlier life are dropped."""
 
     def __init__(self, config: RunConfig, first_step: int) -> None:
-        self.run, self.steps, self.first_step = Path(config.out), config.steps, first_step
+        self.run, self.steps = Path(config.out), config.steps
         self.path = self.run / "metrics.jsonl"
         with clear_disk_errors(self.path):
             self.run.mkdir(parents=True, exist_ok=True)
             (self.run / "recipe.yaml").write_text(to_yaml(config))
             _drop_later_lines(self.path, first_step)
-        self.started, self.is_terminal = time.monotonic(), sys.stderr.isatty()
+        self.last_step, self.last_time, self.rate = first_step, time.monotonic(), 0.0
+        self.is_terminal = sys.stderr.isatty()
         self.writers = [
             *([_tensorboard(self.run)] if config.tensorboard else []),
             *([_wandb(config)] if config.wandb_project else []),
@@ -35,10 +38,14 @@ class Tracker:
             write(step, metrics)
 
     def progress(self, step: int, text: str) -> None:
-        """One line: step, rate, time left, and `text`. On a terminal it overwrites itself."""
-        rate = (step - self.first_step) / (time.monotonic() - self.started)
-        left = (self.steps - step) / rate if rate else 0.0
-        line = f"step {step}/{self.steps}  {rate:.2f} steps/s  {_clock(left)} left  {text}"
+        """One line: step, rate, time left, and `text`. On a terminal it overwrites itself. The rate is that of the last few
+        lines, so that compilation at the start is soon forgotten."""
+        now = time.monotonic()
+        recent = (step - self.last_step) / max(now - self.last_time, 1e-9)
+        self.rate = SMOOTHING * recent + (1 - SMOOTHING) * (self.rate or recent)
+        self.last_step, self.last_time = step, now
+        left = (self.steps - step) / self.rate if self.rate else 0.0
+        line = f"step {step}/{self.steps}  {self.rate:.2f} steps/s  {_clock(left)} left  {text}"
         width = os.get_terminal_size(sys.stderr.fileno()).columns if self.is_terminal else 0
         end = "\r" if self.is_terminal and step < self.steps else "\n"
         print(line[: width - 1].ljust(width - 1) if width else line, end=end, file=sys.stderr, flush=True)
