@@ -109,7 +109,7 @@ def batched_experts(
     bank: ExpertWeights,
     activation: str,
 ) -> Float[Tensor, "rows dim"]:
-    """One batched product: over experts padded to the fullest one where that is near the mean, else over blocks of a
+    """One batched product: over experts padded to the fullest one where that has three times the mean at most, else over blocks of a
     quarter of the mean, with the weights copied to each block. Waits for the device to learn how many there are.
 
     In bfloat16 this is the fast one on CPUs where experts are small: few shapes occur, as in the padded loop, and few calls.
@@ -120,7 +120,7 @@ def batched_experts(
     order = order_slots(expert_ids, num_experts)
     mean = expert_ids.numel() / num_experts
     fullest = int(order.sizes.max())
-    capacity = _multiple_of(BLOCK, fullest if fullest <= 1.4 * mean + 32 else mean / 4)
+    capacity = _multiple_of(BLOCK, fullest if fullest <= 3 * mean else mean / 4)
     order, block_experts = block_order(order, capacity)
     if len(block_experts) > num_experts:
         bank = bank._replace(
