@@ -109,8 +109,8 @@ def batched_experts(
     bank: ExpertWeights,
     activation: str,
 ) -> Float[Tensor, "rows dim"]:
-    """One batched product: over experts padded to the fullest one where that has three times the mean at most, else over blocks of a
-    quarter of the mean, with the weights copied to each block. Waits for the device to learn how many there are.
+    """One batched product: over experts padded to the fullest one where that has three times the mean at most, else over
+    blocks of a quarter of the mean, with the weights copied to each block. Waits for the device to learn how many there are.
 
     In bfloat16 this is the fast one on CPUs where experts are small: few shapes occur, as in the padded loop, and few calls.
     """
