@@ -36,13 +36,14 @@ def cpu(*, repeats: int) -> Iterable[dict[str, Any]]:
                 ways[backend] = MHMoE(
                     dim=dim, hidden_dim=hidden, num_experts=experts, top_k=TOP_K, num_heads=heads, backend=backend
                 )
+                ways[backend].load_state_dict(ways[BACKENDS[0]].state_dict())  # whose experts are as full
             seconds: dict[str, list[float]] = {name: [] for name in ways}
             alone = ("grouped",) if precision == "bf16" else ()
             for turns in ([name for name in ways if name not in alone], alone):
                 for repeat in range(-2, repeats):  # two to warm up
+                    x = torch.randn(tokens, dim)
                     for name in turns:
-                        x = torch.randn(tokens, dim, requires_grad=True)
-                        taken = _time(ways[name], x, is_bf16=precision == "bf16")
+                        taken = _time(ways[name], x.clone().requires_grad_(), is_bf16=precision == "bf16")
                         if repeat >= 0:
                             seconds[name].append(taken)
             dense = statistics.median(seconds["dense"])

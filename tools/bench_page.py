@@ -288,7 +288,8 @@ BENCHES = {
     "cpu": Bench(
         title="Layers on a processor",
         about="Forward + backward of a dense feed-forward layer, and of MH-MoE layers of as many FLOPs with each backend; not\n"
-        "compiled.",
+        "compiled. In bf16, `grouped` has a product compiled for every new number of slots; where a layer takes more than ten\n"
+        "times as long as the dense one, the picture leaves it out.",
         versions=("has", "threads", "torch"),
         group=("tokens", "dim", "heads", "experts", "top_k", "precision"),
         way="what",

@@ -35,6 +35,7 @@ NAMES = {
     "loader_0_workers": "loader,\nno workers", "loader_2_workers": "loader,\n2 workers", "batch": "view + batch",
 }  # fmt: skip
 WIDTH = 0.82  # of all bars of a group
+SLOWEST = 10.0  # times the dense layer: what a picture of processors shows
 
 
 def draw_layers(rows: Sequence[Row], path: Path, aims: Aims) -> None:
@@ -85,8 +86,8 @@ def draw_loader(rows: Sequence[Row], path: Path) -> None:
 
 
 def draw_processors(rows: Sequence[Row], path: Path) -> None:
-    """Time of forward + backward relative to the dense layer, per shape, precision and backend."""
-    sparse = [row for row in rows if row["what"] != "dense"]
+    """Time of forward + backward relative to the dense layer, per shape, precision and backend, up to `SLOWEST`."""
+    sparse = [row for row in rows if row["what"] != "dense" and float(row["vs_dense"]) <= SLOWEST]
     panels = _by(sparse, lambda row: row["hardware"])
     figure, axes = _figure(
         panels, "Time of an MH-MoE layer on a processor, forward + backward, relative to a dense layer"
