@@ -3,6 +3,7 @@
 Axes: `rows` of width `dim` with `top_k` slots each; `slots` = rows * top_k; `experts` MLPs of width `hidden`.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -86,20 +87,13 @@ def loop_experts(
     On CPUs in 16 bits its slots are filled up to a multiple of 32: a product of a shape not seen before costs a compilation
     in oneDNN, and with routing every expert would have a new one at every step. (Products of float32 are MKL's.)
     """
-    num_experts, act = len(bank.w_in), ACTIVATIONS[activation]
-    order = order_slots(expert_ids, num_experts)
+    order = order_slots(expert_ids, len(bank.w_in))
     ends = order.ends
     if x.device.type == "cpu" and x.dtype.itemsize == 2 and expert_ids.numel():
         ends = (num_blocks(order.sizes, BLOCK) * BLOCK).cumsum(0)
         order, _ = block_order(order, BLOCK)
-    rows = dispatch(x, order)
-
-    def linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return _linear_by_expert(rows, weight, bias, ends)
-
-    hidden = linear(rows, bank.w_in, bank.b_in)
-    hidden = act(hidden) if bank.w_gate is None else act(linear(rows, bank.w_gate, bank.b_gate)) * hidden
-    return combine(linear(hidden, bank.w_out, bank.b_out), weights, order)
+    y = _mlp(dispatch(x, order), bank, activation, functools.partial(_linear_by_expert, ends=ends))
+    return combine(y, weights, order)
 
 
 def batched_experts(
@@ -114,7 +108,7 @@ def batched_experts(
 
     In bfloat16 this is the fast one on CPUs where experts are small: few shapes occur, as in the padded loop, and few calls.
     """
-    num_experts, act = len(bank.w_in), ACTIVATIONS[activation]
+    num_experts = len(bank.w_in)
     if not expert_ids.numel():
         return loop_experts(x, expert_ids, weights, bank, activation)
     order = order_slots(expert_ids, num_experts)
@@ -132,9 +126,7 @@ def batched_experts(
         weight = weight.transpose(1, 2)
         return torch.bmm(rows, weight) if bias is None else torch.baddbmm(bias[:, None], rows, weight)
 
-    hidden = linear(rows, bank.w_in, bank.b_in)
-    hidden = act(hidden) if bank.w_gate is None else act(linear(rows, bank.w_gate, bank.b_gate)) * hidden
-    return combine(linear(hidden, bank.w_out, bank.b_out).flatten(0, 1), weights, order)
+    return combine(_mlp(rows, bank, activation, linear).flatten(0, 1), weights, order)
 
 
 def grouped_experts(
@@ -147,16 +139,23 @@ def grouped_experts(
     """`torch.nn.functional.grouped_mm` over the slots in expert order."""
     if problem := _grouped_problem(x.dtype, x.shape[1], bank.w_in.shape[1]):
         raise ValueError(problem)
-    order, act = order_slots(expert_ids, len(bank.w_in)), ACTIVATIONS[activation]
-    rows = dispatch(x, order)
+    order = order_slots(expert_ids, len(bank.w_in))
 
     def linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         product = _grouped_mm(rows, weight.transpose(1, 2), order.ends)
         return product if bias is None else _AddBias.apply(product, bias, order.expert_ids, order.ends)
 
+    return combine(_mlp(dispatch(x, order), bank, activation, linear), weights, order)
+
+
+def _mlp(
+    rows: Tensor, bank: ExpertWeights, activation: str, linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+) -> Tensor:
+    """What every backend in torch does with rows in its order, by its own linear layers of a whole bank."""
+    act = ACTIVATIONS[activation]
     hidden = linear(rows, bank.w_in, bank.b_in)
     hidden = act(hidden) if bank.w_gate is None else act(linear(rows, bank.w_gate, bank.b_gate)) * hidden
-    return combine(linear(hidden, bank.w_out, bank.b_out), weights, order)
+    return linear(hidden, bank.w_out, bank.b_out)
 
 
 Backend = Callable[[Tensor, Tensor, Tensor, ExpertWeights, str], Tensor]
