@@ -23,6 +23,13 @@ class HopperTile(NamedTuple):
     out_slots: int  # of w_out
 
 
+class HopperWeightTile(NamedTuple):
+    block_f: int  # hidden rows of a weight gradient
+    block_k: int  # slots per step
+    stages: int  # steps' rows in shared memory
+    resident: bool  # the experts' own weights stay in registers
+
+
 class Split(NamedTuple):
     """A width as the sum of two powers of two, padded where it is none."""
 
@@ -30,6 +37,7 @@ class Split(NamedTuple):
     second: int  # 0: none
 
 
+HOPPER_SLOTS = 128  # of a tile there
 CHUNK_BYTES = 160 << 20  # buffer of the backward pass; a chunk is at least one tile per multiprocessor
 
 
@@ -65,14 +73,32 @@ def weight_gradients_tile(dim: int) -> WeightTile:
 
 
 def hopper_row_gradients_tile(dim: int, hidden: int) -> HopperTile | None:
-    """For the kernel of `hopper`, whose tiles have 128 slots; None: it does not run these widths."""
-    tiles = {128: HopperTile(64, 3, 3), 192: HopperTile(64, 2, 2), 256: HopperTile(32, 3, 2)}
+    """For the kernel of `hopper`, whose tiles have HOPPER_SLOTS; None: it does not run these widths."""
+    tiles = {128: HopperTile(64, 4, 4), 192: HopperTile(64, 3, 2), 256: HopperTile(64, 2, 1)}
     return None if hidden % 64 else tiles.get(dim)
 
 
+def hopper_weight_gradients_tile(dim: int) -> HopperWeightTile:
+    """For the kernel of `hopper_weights`, which runs where that of `hopper` does."""
+    return {
+        128: HopperWeightTile(64, 64, 4, False),
+        192: HopperWeightTile(64, 64, 3, False),
+        256: HopperWeightTile(64, 32, 4, False),
+    }[dim]
+
+
+def segments(blocks: int, multiprocessors: int) -> int:
+    """Into how many a weight gradient's slots are cut for `blocks` programs each: what fills one to three waves best."""
+
+    def filled(waves: int) -> float:
+        return waves * multiprocessors // blocks * blocks / (waves * multiprocessors)
+
+    return max(1, max(1, 2, 3, key=filled) * multiprocessors // blocks)
+
+
 def hopper_forward_tile(dim: int, hidden: int) -> HopperTile | None:
-    """For the kernel of `hopper_forward`; at 128 columns it is no faster."""
-    tile = {192: HopperTile(128, 2, 1), 256: HopperTile(64, 3, 2)}.get(dim)
+    """For the kernel of `hopper_forward`."""
+    tile = {128: HopperTile(128, 3, 3), 192: HopperTile(128, 2, 1), 256: HopperTile(64, 3, 2)}.get(dim)
     return None if tile is None or hidden % tile.block_n else tile
 
 

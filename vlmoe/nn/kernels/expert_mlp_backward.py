@@ -193,6 +193,39 @@ def reduce_segments(
 
 
 @triton.jit
+def finish_segments(
+    parts, tile_base, dw_in, dw_out, db_in, SEGMENT: tl.constexpr, PLACES: tl.constexpr, HIDDEN: tl.constexpr,
+    DIM: tl.constexpr, BIAS: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The gradients of w_in [E, hidden, dim], w_out [E, dim, hidden] and b_in, from the parts of all tiles in one chunk."""
+    expert = tl.program_id(1)
+    which = tl.program_id(2).to(tl.int64)
+    BLOCKS_D: tl.constexpr = (DIM + BLOCK_D - 1) // BLOCK_D
+    f = (tl.program_id(0) // BLOCKS_D) * BLOCK_F + tl.arange(0, BLOCK_F)
+    d = (tl.program_id(0) % BLOCKS_D) * BLOCK_D + tl.arange(0, BLOCK_D)
+    inside = (f < HIDDEN)[:, None] & (d < DIM)[None, :]
+    low, high = tl.load(tile_base + expert), tl.load(tile_base + expert + 1)
+    first_segment = low // SEGMENT
+    behind = tl.where(low < high, (high - 1) // SEGMENT + 1, first_segment)
+    acc = tl.zeros([BLOCK_F, BLOCK_D], tl.float32)
+    sums = tl.zeros([BLOCK_F], tl.float32)
+    for segment in range(first_segment, behind):
+        part = parts + (which * PLACES + segment + expert) * (HIDDEN * DIM + HIDDEN)
+        acc += tl.load(part + f[:, None] * DIM + d[None, :], mask=inside, other=0.0)
+        if BIAS and which == 0:
+            sums += tl.load(part + HIDDEN * DIM + f, mask=f < HIDDEN, other=0.0)
+    matrix = expert.to(tl.int64) * HIDDEN * DIM
+    dtype = dw_in.dtype.element_ty
+    if which == 0:
+        tl.store(dw_in + matrix + f[:, None] * DIM + d[None, :], acc.to(dtype), mask=inside)
+        if BIAS and tl.program_id(0) % BLOCKS_D == 0:
+            tl.store(db_in + expert * HIDDEN + f, sums.to(dtype), mask=f < HIDDEN)
+    else:
+        at = d[:, None] * HIDDEN + f[None, :]
+        tl.store(dw_out + matrix + at, acc.to(dtype).T, mask=(d < DIM)[:, None] & (f < HIDDEN)[None, :])
+
+
+@triton.jit
 def sum_tiles(parts, out, tile_base, DIM: tl.constexpr, PER_TILE: tl.constexpr, BLOCK: tl.constexpr,
               WIDTH: tl.constexpr):  # fmt: skip
     """out[expert] = sum over its tiles of the PER_TILE rows of parts that each has."""

@@ -6,7 +6,7 @@ slots is two halves of 64, one per warpgroup: while one is at its activation, th
 Axes as there; D1 + D2 = dim.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -24,7 +24,6 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from vlmoe.nn.kernels.activations import activate_with_slope
 from vlmoe.nn.kernels.configs import HopperTile, split_width
-from vlmoe.nn.kernels.launch import repeated
 
 barrier = getattr(gl, "thread_barrier", None) or gl.barrier  # its name in Triton 3.6, and in 3.8
 HALF_ROWS = gl.constexpr(64)  # rows of a warpgroup's product
@@ -33,63 +32,69 @@ DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
 @gluon.jit
 def stream_weights(
-    tiles, matrices, rings, full, empty, E, HIDDEN: gl.constexpr, DIM: gl.constexpr, D1: gl.constexpr,
+    tiles, matrices, rings, full, empty, HIDDEN: gl.constexpr, DIM: gl.constexpr, D1: gl.constexpr,
     D2: gl.constexpr, BLOCK_N: gl.constexpr, IN_SLOTS: gl.constexpr, OUT_SLOTS: gl.constexpr,
 ):  # fmt: skip
     """Fills the rings with w_in [BLOCK_N, dim] and w_out [dim, BLOCK_N], block after block of the hidden columns."""
-    tile_expert, first_tile, num_tiles = tiles[0], tiles[3], tiles[4]
+    tile_expert, num_tiles = tiles[0], tiles[3]
     in_desc1, in_desc2, out_desc1, out_desc2 = matrices
     in1, in2, out1, out2 = rings
     in_full, out_full = full
     in_empty, out_empty = empty
     BYTES: gl.constexpr = BLOCK_N * DIM * 2
     step = 0
-    for local in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
-        expert = gl.load(tile_expert + first_tile + local)
-        if expert < E:
-            for n in range(0, HIDDEN, BLOCK_N):
-                slot = step % IN_SLOTS
-                ready = in_full.index(slot)
-                mbarrier.wait(in_empty.index(slot), ((step // IN_SLOTS) & 1) ^ 1)
-                mbarrier.expect(ready, BYTES)
-                tma.async_copy_global_to_shared(in_desc1, [expert * HIDDEN + n, 0], ready, in1.index(slot))
-                if D2 > 0:
-                    tma.async_copy_global_to_shared(in_desc2, [expert * HIDDEN + n, D1], ready, in2.index(slot))
-                slot = step % OUT_SLOTS
-                ready = out_full.index(slot)
-                mbarrier.wait(out_empty.index(slot), ((step // OUT_SLOTS) & 1) ^ 1)
-                mbarrier.expect(ready, BYTES)
-                tma.async_copy_global_to_shared(out_desc1, [expert * DIM, n], ready, out1.index(slot))
-                if D2 > 0:
-                    tma.async_copy_global_to_shared(out_desc2, [expert * DIM + D1, n], ready, out2.index(slot))
-                step += 1
+    for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
+        expert = gl.load(tile_expert + tile)
+        for n in range(0, HIDDEN, BLOCK_N):
+            slot = step % IN_SLOTS
+            ready = in_full.index(slot)
+            mbarrier.wait(in_empty.index(slot), ((step // IN_SLOTS) & 1) ^ 1)
+            mbarrier.expect(ready, BYTES)
+            tma.async_copy_global_to_shared(in_desc1, [expert * HIDDEN + n, 0], ready, in1.index(slot))
+            if D2 > 0:
+                tma.async_copy_global_to_shared(in_desc2, [expert * HIDDEN + n, D1], ready, in2.index(slot))
+            slot = step % OUT_SLOTS
+            ready = out_full.index(slot)
+            mbarrier.wait(out_empty.index(slot), ((step // OUT_SLOTS) & 1) ^ 1)
+            mbarrier.expect(ready, BYTES)
+            tma.async_copy_global_to_shared(out_desc1, [expert * DIM, n], ready, out1.index(slot))
+            if D2 > 0:
+                tma.async_copy_global_to_shared(out_desc2, [expert * DIM + D1, n], ready, out2.index(slot))
+            step += 1
 
 
 @gluon.jit
-def gather_part(
-    pointers, tiles, tile, local, expert, end, chunk_rows, x_shared, dy_shared, HALF: gl.constexpr,
-    TOP_K: gl.constexpr, DIM: gl.constexpr, FIRST: gl.constexpr, WIDTH: gl.constexpr, BIAS: gl.constexpr,
-    ROWS: gl.constexpr,
-):  # fmt: skip
-    """Columns FIRST to FIRST + WIDTH of this half's x and dy: into shared memory, and x and weight * dy to `gathered`."""
-    x, dy, slots, weights, _, _, _, gathered, db_parts, _ = pointers
-    at = HALF * HALF_ROWS + gl.arange(0, HALF_ROWS, gl.SliceLayout(1, ROWS))
-    place = gl.load(tiles[1] + tile) + at
-    valid = place < end
-    slot = gl.load(slots + place, mask=valid, other=0)
-    weight = gl.load(weights + slot, mask=valid, other=0.0)
+def find_tile(tiles, tile, HALF: gl.constexpr):
+    """The expert of a tile, the first place of this half and the place behind the expert's last; the last tile's if past it."""
+    tile_expert, tile_place, ends, num_tiles = tiles
+    tile = max(min(tile, num_tiles - 1), 0)
+    expert = gl.load(tile_expert + tile)
+    end = gl.load(ends + expert, mask=num_tiles > 0, other=0)
+    return expert, gl.load(tile_place + tile) + HALF * HALF_ROWS, end
+
+
+@gluon.jit
+def load_slots(slots, place, end, LAYOUT: gl.constexpr):
+    """The slots of this half, 0 where there are none."""
+    place += gl.arange(0, HALF_ROWS, gl.SliceLayout(1, LAYOUT))
+    return gl.load(slots + place, mask=place < end, other=0)
+
+
+@gluon.jit
+def load_part(x, dy, slot, place, end, TOP_K: gl.constexpr, DIM: gl.constexpr, FIRST: gl.constexpr,
+              WIDTH: gl.constexpr, ROWS: gl.constexpr):  # fmt: skip
+    """Columns FIRST to FIRST + WIDTH of the slots' x and dy."""
+    valid = (place + gl.arange(0, HALF_ROWS, gl.SliceLayout(1, ROWS)) < end)[:, None]
     column = FIRST + gl.arange(0, WIDTH, gl.SliceLayout(0, ROWS))
     source = (slot // TOP_K).to(gl.int64)[:, None] * DIM + column[None, :]
-    target = (local.to(gl.int64) * (2 * HALF_ROWS) + at)[:, None] * DIM + column[None, :]
-    rows = gl.load(x + source, mask=valid[:, None], other=0.0)
-    grad = gl.load(dy + source, mask=valid[:, None], other=0.0)
-    x_shared.store(rows)
-    dy_shared.store(grad)
-    gl.store(gathered + target, rows)
-    weighted = grad.to(gl.float32) * weight[:, None]
-    gl.store(gathered + chunk_rows.to(gl.int64) * DIM + target, weighted.to(rows.dtype))
-    if BIAS:
-        gl.store(db_parts + (tile * 2 + HALF).to(gl.int64) * DIM + column, gl.sum(weighted, 0))
+    return gl.load(x + source, mask=valid, other=0.0), gl.load(dy + source, mask=valid, other=0.0)
+
+
+@gluon.jit
+def store_sum(part, weights, slot, dy, FIRST: gl.constexpr, WIDTH: gl.constexpr, ROWS: gl.constexpr):
+    """The sum of weight * dy, in which rows without a slot are 0."""
+    weighted = dy.to(gl.float32) * gl.load(weights + slot)[:, None]
+    gl.store(part + FIRST + gl.arange(0, WIDTH, gl.SliceLayout(0, ROWS)), gl.sum(weighted, 0))
 
 
 @gluon.jit
@@ -101,27 +106,14 @@ def times_bias(dy_shared, bias, WIDTH: gl.constexpr, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def store_slots(dx, slots, place, end, acc, shared, DIM: gl.constexpr, FIRST: gl.constexpr, WIDTH: gl.constexpr,
+def store_slots(dx, slot, place, end, acc, shared, DIM: gl.constexpr, FIRST: gl.constexpr, WIDTH: gl.constexpr,
                 ROWS: gl.constexpr):  # fmt: skip
     """acc to its slots' rows of dx, through shared memory, so that neighbours store neighbours."""
     shared.store(acc.to(dx.dtype.element_ty))
     values = shared.load(ROWS)
-    place += gl.arange(0, HALF_ROWS, gl.SliceLayout(1, ROWS))
-    valid = place < end
-    slot = gl.load(slots + place, mask=valid, other=0).to(gl.int64)
+    valid = place + gl.arange(0, HALF_ROWS, gl.SliceLayout(1, ROWS)) < end
     column = FIRST + gl.arange(0, WIDTH, gl.SliceLayout(0, ROWS))
-    gl.store(dx + slot[:, None] * DIM + column[None, :], values, mask=valid[:, None])
-
-
-@gluon.jit
-def take_turn(turns, turn, HALF: gl.constexpr):
-    """Waits until the other warpgroup has started its products of this turn (first half: of the turn before)."""
-    mbarrier.wait(turns.index(HALF), (turn + 1 - HALF) & 1)
-
-
-@gluon.jit
-def pass_turn(turns, HALF: gl.constexpr):
-    mbarrier.arrive(turns.index(1 - HALF))
+    gl.store(dx + slot.to(gl.int64)[:, None] * DIM + column[None, :], values, mask=valid[:, None])
 
 
 @gluon.jit
@@ -146,28 +138,14 @@ def start_both(
 
 @gluon.jit
 def hidden_gradient(
-    h, da, dweight, weight, bias, hiddens, BIAS: gl.constexpr, ACTIVATION: gl.constexpr, BLOCK_N: gl.constexpr,
-    LAYOUT: gl.constexpr,
+    h, da, dweight, bias, BIAS: gl.constexpr, ACTIVATION: gl.constexpr
 ):  # fmt: skip
-    """dh, staged beside the activated layer, and dweight with this block's part."""
-    _, staged_dh, staged_a = hiddens
+    """dh / weight, and dweight with this block's part."""
     if BIAS:
-        h += gl.load(bias + gl.arange(0, BLOCK_N, gl.SliceLayout(0, LAYOUT))).to(gl.float32)[None, :]
+        h += bias.to(gl.float32)[None, :]
     a, slope = activate_with_slope(h, ACTIVATION)
     dweight += gl.sum(da * a, 1)
-    dh = (da * slope * weight[:, None]).to(staged_dh.dtype)
-    staged_a.store(a.to(staged_a.dtype))
-    staged_dh.store(dh)
-    fence_async_shared()
-    return dh, dweight
-
-
-@gluon.jit
-def store_step(hiddens, row, n, chunk_rows):
-    stores, staged_dh, staged_a = hiddens
-    barrier()
-    tma.async_copy_shared_to_global(stores, [row, n], staged_dh)
-    tma.async_copy_shared_to_global(stores, [chunk_rows + row, n], staged_a)
+    return da * slope, dweight
 
 
 @gluon.jit
@@ -191,7 +169,7 @@ def wait_products(acc1, acc2, D2: gl.constexpr, LATER: gl.constexpr):
 
 @gluon.jit
 def multiply(
-    tiles, pointers, hiddens, rows, rings, full, empty, turns, E, chunk_rows, HALF: gl.constexpr, TOP_K: gl.constexpr,
+    tiles, pointers, rows, rings, full, empty, HALF: gl.constexpr, TOP_K: gl.constexpr,
     HIDDEN: gl.constexpr, DIM: gl.constexpr, D1: gl.constexpr, D2: gl.constexpr, BIAS: gl.constexpr,
     ACTIVATION: gl.constexpr, BLOCK_N: gl.constexpr, IN_SLOTS: gl.constexpr, OUT_SLOTS: gl.constexpr,
 ):  # fmt: skip
@@ -202,100 +180,93 @@ def multiply(
     # warps side by side along the columns: sums over rows then stay within a warp
     ROWS1: gl.constexpr = gl.BlockedLayout([1, 8], [1024 // D1, D1 // 32], [1, 4], [1, 0])
     ROWS2: gl.constexpr = gl.BlockedLayout([1, 8], [1024 // D2, D2 // 32], [1, 4], [1, 0]) if D2 > 0 else ROWS1
-    tile_expert, tile_place, ends, first_tile, num_tiles = tiles
-    _, _, slots, weights, b_out, dx, dweights, _, _, b_in = pointers
+    x, dy, slots, weights, b_out, dx, dweights, tile_weights, db_parts, b_in = pointers
     x1, x2, dy1, dy2 = rows
     in1, in2, _, _ = rings
+    dtype: gl.constexpr = in1.dtype
     IN_FLIGHT: gl.constexpr = 4 if D2 > 0 else 2
     in_empty, out_empty = empty
+    zeros = gl.zeros([HALF_ROWS, BLOCK_N], gl.float32, HIDDEN_MMA)
     step = 0
-    turn = 0
-    for local in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
-        tile = first_tile + local
-        expert = gl.load(tile_expert + tile)
-        if expert < E:
-            end = gl.load(ends + expert)
-            gather_part(pointers, tiles, tile, local, expert, end, chunk_rows, x1, dy1, HALF, TOP_K, DIM, 0, D1, BIAS,
-                        ROWS1)  # fmt: skip
+    expert, place, end = find_tile(tiles, gl.program_id(0), HALF)
+    slot1, slot2 = load_slots(slots, place, end, ROWS1), load_slots(slots, place, end, ROWS2)
+    for tile in range(gl.program_id(0), tiles[3], gl.num_programs(0)):
+        # every load is under way before the first is waited for
+        x_rows1, dy_rows1 = load_part(x, dy, slot1, place, end, TOP_K, DIM, 0, D1, ROWS1)
+        x_rows2, dy_rows2 = x_rows1, dy_rows1
+        if D2 > 0:
+            x_rows2, dy_rows2 = load_part(x, dy, slot2, place, end, TOP_K, DIM, D1, D2, ROWS2)
+        slot = load_slots(slots, place, end, HIDDEN_MMA)
+        valid = place + gl.arange(0, HALF_ROWS, gl.SliceLayout(1, HIDDEN_MMA)) < end
+        weight = gl.load(weights + slot, mask=valid, other=0.0)
+        x1.store(x_rows1)
+        dy1.store(dy_rows1)
+        if D2 > 0:
+            x2.store(x_rows2)
+            dy2.store(dy_rows2)
+        fence_async_shared()
+        barrier()
+        biases = b_in + expert * HIDDEN + gl.arange(0, BLOCK_N, gl.SliceLayout(0, HIDDEN_MMA))
+        bias = gl.load(biases)
+        h, da = start_both(rows, rings, full, zeros, step, D2, IN_SLOTS, OUT_SLOTS)
+        dweight = gl.zeros([HALF_ROWS], gl.float32, gl.SliceLayout(1, HIDDEN_MMA))
+        if BIAS:
+            part = db_parts + (tile * 2 + HALF).to(gl.int64) * DIM
+            store_sum(part, weights, slot1, dy_rows1, 0, D1, ROWS1)
+            dweight += gl.convert_layout(times_bias(dy1, b_out + expert * DIM, D1, MMA1), dweight.type.layout)
             if D2 > 0:
-                gather_part(pointers, tiles, tile, local, expert, end, chunk_rows, x2, dy2, HALF, TOP_K, DIM, D1, D2,
-                            BIAS, ROWS2)  # fmt: skip
-            fence_async_shared()
-            barrier()
-            first_place = gl.load(tile_place + tile) + HALF * HALF_ROWS
-            place = first_place + gl.arange(0, HALF_ROWS, gl.SliceLayout(1, HIDDEN_MMA))
-            slots_here = gl.load(slots + place, mask=place < end, other=0)
-            weight = gl.load(weights + slots_here, mask=place < end, other=0.0)
-            dweight = gl.zeros([HALF_ROWS], gl.float32, gl.SliceLayout(1, HIDDEN_MMA))
-            if BIAS:
-                dweight += gl.convert_layout(times_bias(dy1, b_out + expert * DIM, D1, MMA1), dweight.type.layout)
-                if D2 > 0:
-                    dweight += gl.convert_layout(
-                        times_bias(dy2, b_out + expert * DIM + D1, D2, MMA2), dweight.type.layout
-                    )
-            acc1 = gl.zeros([HALF_ROWS, D1], gl.float32, MMA1)
-            acc2 = gl.zeros([HALF_ROWS, D2 if D2 > 0 else D1], gl.float32, MMA2)
-            zeros = gl.zeros([HALF_ROWS, BLOCK_N], gl.float32, HIDDEN_MMA)
-            row = local * (2 * HALF_ROWS) + HALF * HALF_ROWS
-            bias = b_in + expert * HIDDEN
-            take_turn(turns, turn, HALF)
-            h, da = start_both(rows, rings, full, zeros, step, D2, IN_SLOTS, OUT_SLOTS)
-            pass_turn(turns, HALF)
-            turn += 1
-            h, da = warpgroup_mma_wait(0, deps=[h, da])
-            for n in range(0, HIDDEN - BLOCK_N, BLOCK_N):
-                tma.store_wait(0)
-                barrier()  # in all four warps: the products that read w_out, the stores that read what was staged
-                mbarrier.arrive(out_empty.index(step % OUT_SLOTS))
-                dh, dweight = hidden_gradient(
-                    h, da, dweight, weight, bias + n, hiddens, BIAS, ACTIVATION, BLOCK_N, HIDDEN_MMA
-                )
-                slot = step % IN_SLOTS
-                take_turn(turns, turn, HALF)
-                acc1, acc2 = add_product(dh, in1.index(slot), in2.index(slot), acc1, acc2, D2, MMA1, MMA2)
-                step += 1
-                h, da = start_both(rows, rings, full, zeros, step, D2, IN_SLOTS, OUT_SLOTS)
-                pass_turn(turns, HALF)
-                turn += 1
-                store_step(hiddens, row, n, chunk_rows)
-                acc1, acc2 = wait_products(acc1, acc2, D2, IN_FLIGHT)
-                barrier()
-                mbarrier.arrive(in_empty.index(slot))
-                h, da = warpgroup_mma_wait(0, deps=[h, da])
-            tma.store_wait(0)
-            barrier()
+                store_sum(part, weights, slot2, dy_rows2, D1, D2, ROWS2)
+                dweight += gl.convert_layout(times_bias(dy2, b_out + expert * DIM + D1, D2, MMA2), dweight.type.layout)
+        gl.store(tile_weights + (tile * 2 + HALF) * HALF_ROWS + gl.arange(0, HALF_ROWS, weight.type.layout), weight)
+        acc1 = gl.zeros([HALF_ROWS, D1], gl.float32, MMA1)
+        acc2 = gl.zeros([HALF_ROWS, D2 if D2 > 0 else D1], gl.float32, MMA2)
+        h, da = warpgroup_mma_wait(0, deps=[h, da])
+        for n in range(0, HIDDEN - BLOCK_N, BLOCK_N):
+            barrier()  # in all four warps: the products that read w_out
             mbarrier.arrive(out_empty.index(step % OUT_SLOTS))
-            dh, dweight = hidden_gradient(
-                h, da, dweight, weight, bias + (HIDDEN - BLOCK_N), hiddens, BIAS, ACTIVATION, BLOCK_N, HIDDEN_MMA
-            )
-            slot = step % IN_SLOTS
-            take_turn(turns, turn, HALF)
-            acc1, acc2 = add_product(dh, in1.index(slot), in2.index(slot), acc1, acc2, D2, MMA1, MMA2)
-            pass_turn(turns, HALF)
-            turn += 1
-            store_step(hiddens, row, HIDDEN - BLOCK_N, chunk_rows)
-            acc1, acc2 = wait_products(acc1, acc2, D2, 0)
-            barrier()
-            mbarrier.arrive(in_empty.index(slot))
+            dh, dweight = hidden_gradient(h, da, dweight, bias, BIAS, ACTIVATION)
+            at = step % IN_SLOTS
+            acc1, acc2 = add_product(dh.to(dtype), in1.index(at), in2.index(at), acc1, acc2, D2, MMA1, MMA2)
             step += 1
-            gl.store(dweights + slots_here, dweight, mask=place < end)
-            store_slots(dx, slots, first_place, end, acc1, x1, DIM, 0, D1, ROWS1)
-            if D2 > 0:
-                store_slots(dx, slots, first_place, end, acc2, x2, DIM, D1, D2, ROWS2)
+            h, da = start_both(rows, rings, full, zeros, step, D2, IN_SLOTS, OUT_SLOTS)
+            bias = gl.load(biases + n + BLOCK_N)
+            acc1, acc2 = wait_products(acc1, acc2, D2, IN_FLIGHT)
             barrier()
-    tma.store_wait(0)
+            mbarrier.arrive(in_empty.index(at))
+            h, da = warpgroup_mma_wait(0, deps=[h, da])
+        barrier()
+        mbarrier.arrive(out_empty.index(step % OUT_SLOTS))
+        dh, dweight = hidden_gradient(h, da, dweight, bias, BIAS, ACTIVATION)
+        at = step % IN_SLOTS
+        acc1, acc2 = add_product(dh.to(dtype), in1.index(at), in2.index(at), acc1, acc2, D2, MMA1, MMA2)
+        step += 1
+        expert, next_place, next_end = find_tile(tiles, tile + gl.num_programs(0), HALF)
+        next_slot1 = load_slots(slots, next_place, next_end, ROWS1)
+        next_slot2 = load_slots(slots, next_place, next_end, ROWS2)
+        slot1, slot2 = load_slots(slots, place, end, ROWS1), load_slots(slots, place, end, ROWS2)  # again: registers
+        gl.store(dweights + slot, dweight, mask=valid)
+        acc1, acc2 = wait_products(acc1, acc2, D2, 0)
+        barrier()
+        mbarrier.arrive(in_empty.index(at))
+        acc1 *= gl.convert_layout(weight, gl.SliceLayout(1, MMA1))[:, None]
+        store_slots(dx, slot1, place, end, acc1, x1, DIM, 0, D1, ROWS1)
+        if D2 > 0:
+            acc2 *= gl.convert_layout(weight, gl.SliceLayout(1, MMA2))[:, None]
+            store_slots(dx, slot2, place, end, acc2, x2, DIM, D1, D2, ROWS2)
+        barrier()
+        place, end, slot1, slot2 = next_place, next_end, next_slot1, next_slot2
 
 
-@gluon.jit(do_not_specialize=["first_tile", "num_tiles"])
+@gluon.jit
 def row_gradients(
-    x, dy, slots, ends, tile_expert, tile_place, weights, b_in, b_out,
-    in_desc1, in_desc2, out_desc1, out_desc2, stores,
-    dx, dweights, gathered, bias_parts, first_tile, num_tiles, E, chunk_rows,
+    x, dy, slots, ends, tile_expert, tile_place, tile_base, weights, b_in, b_out,
+    in_desc1, in_desc2, out_desc1, out_desc2, dx, dweights, tile_weights, bias_parts, E,
     TOP_K: gl.constexpr, DIM: gl.constexpr, HIDDEN: gl.constexpr, D1: gl.constexpr, D2: gl.constexpr,
     BIAS: gl.constexpr, ACTIVATION: gl.constexpr, BLOCK_N: gl.constexpr,
     IN_SLOTS: gl.constexpr, OUT_SLOTS: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """See `expert_mlp_backward.row_gradients`; `bias_parts` is [2 * tiles, dim]. `stores` describes `hiddens`."""
+    """See `expert_mlp_backward.row_gradients`; `bias_parts` is [2 * tiles, dim]. `tile_weights`
+    gets the slots' weights, tile after tile, 0 where a tile has none."""
     dtype: gl.constexpr = x.dtype.element_ty
     W2: gl.constexpr = D2 if D2 > 0 else 16
     rows1 = gl.allocate_shared_memory(dtype, [4, HALF_ROWS, D1], gl.NVMMASharedLayout.get_default_for([64, D1], dtype))
@@ -309,7 +280,6 @@ def row_gradients(
         )
         in2 = gl.allocate_shared_memory(dtype, [IN_SLOTS, BLOCK_N, W2], in_desc2.layout)
         out2 = gl.allocate_shared_memory(dtype, [OUT_SLOTS, W2, BLOCK_N], out_desc2.layout)
-    staged = gl.allocate_shared_memory(dtype, [4, HALF_ROWS, BLOCK_N], stores.layout)
     in_full = gl.allocate_shared_memory(gl.int64, [IN_SLOTS, 1], mbarrier.MBarrierLayout())
     in_empty = gl.allocate_shared_memory(gl.int64, [IN_SLOTS, 1], mbarrier.MBarrierLayout())
     out_full = gl.allocate_shared_memory(gl.int64, [OUT_SLOTS, 1], mbarrier.MBarrierLayout())
@@ -320,26 +290,21 @@ def row_gradients(
     for i in gl.static_range(OUT_SLOTS):
         mbarrier.init(out_full.index(i), count=1)
         mbarrier.init(out_empty.index(i), count=2)
-    turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(2):
-        mbarrier.init(turns.index(i), count=1)
     fence_async_shared()
     barrier()
-    tiles = (tile_expert, tile_place, ends, first_tile, num_tiles)
-    pointers = (x, dy, slots, weights, b_out, dx, dweights, gathered, bias_parts, b_in)
+    tiles = (tile_expert, tile_place, ends, gl.load(tile_base + E))
+    pointers = (x, dy, slots, weights, b_out, dx, dweights, tile_weights, bias_parts, b_in)
     rings, full, empty = (in1, in2, out1, out2), (in_full, out_full), (in_empty, out_empty)
     rows_a = (rows1.index(0), rows2.index(0), rows1.index(1), rows2.index(1))
     rows_b = (rows1.index(2), rows2.index(2), rows1.index(3), rows2.index(3))
-    hiddens_a = (stores, staged.index(0), staged.index(1))
-    hiddens_b = (stores, staged.index(2), staged.index(3))
     matrices = (in_desc1, in_desc2, out_desc1, out_desc2)
     gl.warp_specialize(
         [
-            (multiply, (tiles, pointers, hiddens_a, rows_a, rings, full, empty, turns, E, chunk_rows, gl.constexpr(0), TOP_K,
+            (multiply, (tiles, pointers, rows_a, rings, full, empty, gl.constexpr(0), TOP_K,
                         HIDDEN, DIM, D1, D2, BIAS, ACTIVATION, BLOCK_N, IN_SLOTS, OUT_SLOTS)),
-            (multiply, (tiles, pointers, hiddens_b, rows_b, rings, full, empty, turns, E, chunk_rows, gl.constexpr(1), TOP_K,
+            (multiply, (tiles, pointers, rows_b, rings, full, empty, gl.constexpr(1), TOP_K,
                         HIDDEN, DIM, D1, D2, BIAS, ACTIVATION, BLOCK_N, IN_SLOTS, OUT_SLOTS)),
-            (stream_weights, (tiles, matrices, rings, full, empty, E, HIDDEN, DIM, D1, D2, BLOCK_N, IN_SLOTS,
+            (stream_weights, (tiles, matrices, rings, full, empty, HIDDEN, DIM, D1, D2, BLOCK_N, IN_SLOTS,
                               OUT_SLOTS)),
         ],
         [4, 1],
@@ -361,10 +326,18 @@ def describe_weights(w_in: Tensor, w_out: Tensor, block_n: int) -> list[TensorDe
     return described + [describe(w_out, [width, block_n]) for width in widths]
 
 
-def row_gradients_launcher(tile: HopperTile, arguments: Mapping[str, Any]) -> Callable[..., None]:
-    """Of `row_gradients`, for a grid of one program per multiprocessor; `arguments` are those of the portable kernel."""
+def launch_row_gradients(tile: HopperTile, programs: int, arguments: Mapping[str, Any]) -> None:
+    """`arguments` by the names of the portable kernel and of this one."""
     weights = describe_weights(arguments["w_in"], arguments["w_out"], tile.block_n)
-    shape = {"BLOCK_N": tile.block_n, "IN_SLOTS": tile.in_slots, "OUT_SLOTS": tile.out_slots, "REGISTERS": 240}
-    described = dict(zip(("in_desc1", "in_desc2", "out_desc1", "out_desc2"), weights, strict=True))
-    described["stores"] = describe(arguments["hiddens"], [HALF_ROWS.value, tile.block_n])
-    return repeated(row_gradients, {**arguments, **described, **shape}, num_warps=4)
+    shape = {
+        "BLOCK_N": tile.block_n,
+        "IN_SLOTS": tile.in_slots,
+        "OUT_SLOTS": tile.out_slots,
+        "REGISTERS": 240,
+    }
+    given = {
+        **arguments,
+        **dict(zip(("in_desc1", "in_desc2", "out_desc1", "out_desc2"), weights, strict=True)),
+        **shape,
+    }
+    row_gradients[(programs,)](*(given[name] for name in row_gradients.arg_names), num_warps=4)

@@ -16,17 +16,23 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from vlmoe.nn.kernels.activations import activate
 from vlmoe.nn.kernels.configs import HopperTile, split_width
-from vlmoe.nn.kernels.hopper import HALF_ROWS, barrier, describe_weights, store_slots, stream_weights
+from vlmoe.nn.kernels.hopper import (
+    HALF_ROWS,
+    barrier,
+    describe_weights,
+    find_tile,
+    load_slots,
+    store_slots,
+    stream_weights,
+)
 
 
 @gluon.jit
-def gather_x(x, slots, place, end, shared, TOP_K: gl.constexpr, DIM: gl.constexpr, FIRST: gl.constexpr,
-             WIDTH: gl.constexpr, ROWS: gl.constexpr):  # fmt: skip
-    place += gl.arange(0, HALF_ROWS, gl.SliceLayout(1, ROWS))
-    valid = place < end
-    row = (gl.load(slots + place, mask=valid, other=0) // TOP_K).to(gl.int64)
+def load_x(x, slot, place, end, TOP_K: gl.constexpr, DIM: gl.constexpr, FIRST: gl.constexpr, WIDTH: gl.constexpr,
+           ROWS: gl.constexpr):  # fmt: skip
+    valid = place + gl.arange(0, HALF_ROWS, gl.SliceLayout(1, ROWS)) < end
     column = FIRST + gl.arange(0, WIDTH, gl.SliceLayout(0, ROWS))
-    shared.store(gl.load(x + row[:, None] * DIM + column[None, :], mask=valid[:, None], other=0.0))
+    return gl.load(x + (slot // TOP_K).to(gl.int64)[:, None] * DIM + column[None, :], mask=valid[:, None], other=0.0)
 
 
 @gluon.jit
@@ -39,7 +45,7 @@ def finish(acc, bias, weight, WIDTH: gl.constexpr, LAYOUT: gl.constexpr, BIAS: g
 
 @gluon.jit
 def multiply_forward(
-    tiles, pointers, rows, rings, full, empty, E, HALF: gl.constexpr, TOP_K: gl.constexpr,
+    tiles, pointers, rows, rings, full, empty, HALF: gl.constexpr, TOP_K: gl.constexpr,
     HIDDEN: gl.constexpr, DIM: gl.constexpr, D1: gl.constexpr, D2: gl.constexpr, BIAS: gl.constexpr,
     ACTIVATION: gl.constexpr, BLOCK_N: gl.constexpr, IN_SLOTS: gl.constexpr, OUT_SLOTS: gl.constexpr,
 ):  # fmt: skip
@@ -49,7 +55,6 @@ def multiply_forward(
     MMA2: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D2 if D2 > 0 else D1, 16])
     ROWS1: gl.constexpr = gl.BlockedLayout([1, 8], [1024 // D1, D1 // 32], [1, 4], [1, 0])
     ROWS2: gl.constexpr = gl.BlockedLayout([1, 8], [1024 // D2, D2 // 32], [1, 4], [1, 0]) if D2 > 0 else ROWS1
-    tile_expert, tile_place, ends, first_tile, num_tiles = tiles
     x, slots, weights, b_in, b_out, y = pointers
     x1, x2 = rows
     in1, in2, out1, out2 = rings
@@ -57,60 +62,66 @@ def multiply_forward(
     in_empty, out_empty = empty
     zeros = gl.zeros([HALF_ROWS, BLOCK_N], gl.float32, HIDDEN_MMA)
     step = 0
-    for local in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
-        tile = first_tile + local
-        expert = gl.load(tile_expert + tile)
-        if expert < E:
-            end = gl.load(ends + expert)
-            first_place = gl.load(tile_place + tile) + HALF * HALF_ROWS
-            gather_x(x, slots, first_place, end, x1, TOP_K, DIM, 0, D1, ROWS1)
+    expert, place, end = find_tile(tiles, gl.program_id(0), HALF)
+    slot1, slot2 = load_slots(slots, place, end, ROWS1), load_slots(slots, place, end, ROWS2)
+    for tile in range(gl.program_id(0), tiles[3], gl.num_programs(0)):
+        rows1 = load_x(x, slot1, place, end, TOP_K, DIM, 0, D1, ROWS1)
+        rows2 = rows1
+        if D2 > 0:
+            rows2 = load_x(x, slot2, place, end, TOP_K, DIM, D1, D2, ROWS2)
+        x1.store(rows1)
+        if D2 > 0:
+            x2.store(rows2)
+        fence_async_shared()
+        barrier()
+        biases = b_in + expert * HIDDEN + gl.arange(0, BLOCK_N, gl.SliceLayout(0, HIDDEN_MMA))
+        acc1 = gl.zeros([HALF_ROWS, D1], gl.float32, MMA1)
+        acc2 = gl.zeros([HALF_ROWS, D2 if D2 > 0 else D1], gl.float32, MMA2)
+        for n in range(0, HIDDEN, BLOCK_N):
+            in_slot = step % IN_SLOTS
+            out_slot = step % OUT_SLOTS
+            mbarrier.wait(in_full.index(in_slot), (step // IN_SLOTS) & 1)
+            h = warpgroup_mma(x1, in1.index(in_slot).permute((1, 0)), zeros, use_acc=False, is_async=True)
             if D2 > 0:
-                gather_x(x, slots, first_place, end, x2, TOP_K, DIM, D1, D2, ROWS2)
-            fence_async_shared()
+                h = warpgroup_mma(x2, in2.index(in_slot).permute((1, 0)), h, is_async=True)
+            if BIAS:
+                bias = gl.load(biases + n)
+            h = warpgroup_mma_wait(0, deps=[h])
             barrier()
-            acc1 = gl.zeros([HALF_ROWS, D1], gl.float32, MMA1)
-            acc2 = gl.zeros([HALF_ROWS, D2 if D2 > 0 else D1], gl.float32, MMA2)
-            for n in range(0, HIDDEN, BLOCK_N):
-                in_slot = step % IN_SLOTS
-                out_slot = step % OUT_SLOTS
-                mbarrier.wait(in_full.index(in_slot), (step // IN_SLOTS) & 1)
-                h = warpgroup_mma(x1, in1.index(in_slot).permute((1, 0)), zeros, use_acc=False, is_async=True)
-                if D2 > 0:
-                    h = warpgroup_mma(x2, in2.index(in_slot).permute((1, 0)), h, is_async=True)
-                h = warpgroup_mma_wait(0, deps=[h])
-                barrier()
-                mbarrier.arrive(in_empty.index(in_slot))
-                if BIAS:
-                    bias = gl.load(b_in + expert * HIDDEN + n + gl.arange(0, BLOCK_N, gl.SliceLayout(0, HIDDEN_MMA)))
-                    h += bias.to(gl.float32)[None, :]
-                a = activate(h, h, ACTIVATION).to(x.dtype.element_ty)
-                mbarrier.wait(out_full.index(out_slot), (step // OUT_SLOTS) & 1)
-                acc1 = warpgroup_mma(gl.convert_layout(a, gl.DotOperandLayout(0, MMA1, 2)),
-                                     out1.index(out_slot).permute((1, 0)), acc1, is_async=True)  # fmt: skip
-                if D2 > 0:
-                    acc2 = warpgroup_mma(gl.convert_layout(a, gl.DotOperandLayout(0, MMA2, 2)),
-                                         out2.index(out_slot).permute((1, 0)), acc2, is_async=True)  # fmt: skip
-                    acc1, acc2 = warpgroup_mma_wait(0, deps=[acc1, acc2])
-                else:
-                    acc1 = warpgroup_mma_wait(0, deps=[acc1])
-                barrier()
-                mbarrier.arrive(out_empty.index(out_slot))
-                step += 1
-            place = first_place + gl.arange(0, HALF_ROWS, gl.SliceLayout(1, MMA1))
-            slot = gl.load(slots + place, mask=place < end, other=0)
-            weight = gl.load(weights + slot, mask=place < end, other=0.0)
-            acc1 = finish(acc1, b_out + expert * DIM, weight, D1, MMA1, BIAS)
-            store_slots(y, slots, first_place, end, acc1, x1, DIM, 0, D1, ROWS1)
+            mbarrier.arrive(in_empty.index(in_slot))
+            if BIAS:
+                h += bias.to(gl.float32)[None, :]
+            a = activate(h, h, ACTIVATION).to(x.dtype.element_ty)
+            mbarrier.wait(out_full.index(out_slot), (step // OUT_SLOTS) & 1)
+            acc1 = warpgroup_mma(gl.convert_layout(a, gl.DotOperandLayout(0, MMA1, 2)),
+                                 out1.index(out_slot).permute((1, 0)), acc1, is_async=True)  # fmt: skip
             if D2 > 0:
-                acc2 = finish(acc2, b_out + expert * DIM + D1, weight, D2, MMA2, BIAS)
-                store_slots(y, slots, first_place, end, acc2, x2, DIM, D1, D2, ROWS2)
+                acc2 = warpgroup_mma(gl.convert_layout(a, gl.DotOperandLayout(0, MMA2, 2)),
+                                     out2.index(out_slot).permute((1, 0)), acc2, is_async=True)  # fmt: skip
+                acc1, acc2 = warpgroup_mma_wait(0, deps=[acc1, acc2])
+            else:
+                acc1 = warpgroup_mma_wait(0, deps=[acc1])
             barrier()
+            mbarrier.arrive(out_empty.index(out_slot))
+            step += 1
+        weight = gl.load(weights + load_slots(slots, place, end, MMA1))
+        next_expert, next_place, next_end = find_tile(tiles, tile + gl.num_programs(0), HALF)
+        next_slot1 = load_slots(slots, next_place, next_end, ROWS1)
+        next_slot2 = load_slots(slots, next_place, next_end, ROWS2)
+        slot1, slot2 = load_slots(slots, place, end, ROWS1), load_slots(slots, place, end, ROWS2)  # again: registers
+        acc1 = finish(acc1, b_out + expert * DIM, weight, D1, MMA1, BIAS)
+        store_slots(y, slot1, place, end, acc1, x1, DIM, 0, D1, ROWS1)
+        if D2 > 0:
+            acc2 = finish(acc2, b_out + expert * DIM + D1, weight, D2, MMA2, BIAS)
+            store_slots(y, slot2, place, end, acc2, x2, DIM, D1, D2, ROWS2)
+        barrier()
+        expert, place, end, slot1, slot2 = next_expert, next_place, next_end, next_slot1, next_slot2
 
 
 @gluon.jit
 def forward(
-    x, slots, ends, tile_expert, tile_place, weights, b_in, b_out, in_desc1, in_desc2, out_desc1, out_desc2, y,
-    num_tiles, E,
+    x, slots, ends, tile_expert, tile_place, tile_base, weights, b_in, b_out, in_desc1, in_desc2, out_desc1, out_desc2,
+    y, E,
     TOP_K: gl.constexpr, DIM: gl.constexpr, HIDDEN: gl.constexpr, D1: gl.constexpr, D2: gl.constexpr,
     BIAS: gl.constexpr, ACTIVATION: gl.constexpr, BLOCK_N: gl.constexpr,
     IN_SLOTS: gl.constexpr, OUT_SLOTS: gl.constexpr, REGISTERS: gl.constexpr,
@@ -141,7 +152,7 @@ def forward(
         mbarrier.init(out_empty.index(i), count=2)
     fence_async_shared()
     barrier()
-    tiles = (tile_expert, tile_place, ends, 0, num_tiles)
+    tiles = (tile_expert, tile_place, ends, gl.load(tile_base + E))
     pointers = (x, slots, weights, b_in, b_out, y)
     rings, full, empty = (in1, in2, out1, out2), (in_full, out_full), (in_empty, out_empty)
     rows_a = (rows1.index(0), rows2.index(0))
@@ -149,11 +160,11 @@ def forward(
     matrices = (in_desc1, in_desc2, out_desc1, out_desc2)
     gl.warp_specialize(
         [
-            (multiply_forward, (tiles, pointers, rows_a, rings, full, empty, E, gl.constexpr(0), TOP_K, HIDDEN, DIM, D1,
+            (multiply_forward, (tiles, pointers, rows_a, rings, full, empty, gl.constexpr(0), TOP_K, HIDDEN, DIM, D1,
                                 D2, BIAS, ACTIVATION, BLOCK_N, IN_SLOTS, OUT_SLOTS)),
-            (multiply_forward, (tiles, pointers, rows_b, rings, full, empty, E, gl.constexpr(1), TOP_K, HIDDEN, DIM, D1,
+            (multiply_forward, (tiles, pointers, rows_b, rings, full, empty, gl.constexpr(1), TOP_K, HIDDEN, DIM, D1,
                                 D2, BIAS, ACTIVATION, BLOCK_N, IN_SLOTS, OUT_SLOTS)),
-            (stream_weights, (tiles, matrices, rings, full, empty, E, HIDDEN, DIM, D1, D2, BLOCK_N, IN_SLOTS,
+            (stream_weights, (tiles, matrices, rings, full, empty, HIDDEN, DIM, D1, D2, BLOCK_N, IN_SLOTS,
                               OUT_SLOTS)),
         ],
         [4, 1],
@@ -162,7 +173,19 @@ def forward(
 
 
 def launch_forward(
-    tile: HopperTile, x, slots, ends, tile_expert, tile_place, weights, bank, y, top_k: int, bias: bool, activation: str
+    tile: HopperTile,
+    x,
+    slots,
+    ends,
+    tile_expert,
+    tile_place,
+    tile_base,
+    weights,
+    bank,
+    y,
+    top_k: int,
+    bias: bool,
+    activation: str,
 ) -> None:
     """`forward` for all tiles, one program per multiprocessor; `bank` in the other kernels' order."""
     w_in, w_out, _, b_in, b_out, _ = bank
@@ -170,8 +193,8 @@ def launch_forward(
     first, second = split_width(dim)
     programs = min(len(tile_expert), torch.cuda.get_device_properties(x.device).multi_processor_count)
     forward[(programs,)](
-        x, slots, ends, tile_expert, tile_place, weights, b_in, b_out, *describe_weights(w_in, w_out, tile.block_n), y,
-        len(tile_expert), E,
+        x, slots, ends, tile_expert, tile_place, tile_base, weights, b_in, b_out,
+        *describe_weights(w_in, w_out, tile.block_n), y, E,
         TOP_K=top_k, DIM=dim, HIDDEN=hidden, D1=first, D2=second, BIAS=bias, ACTIVATION=activation,
         BLOCK_N=tile.block_n, IN_SLOTS=tile.in_slots, OUT_SLOTS=tile.out_slots, REGISTERS=240, num_warps=4,
     )  # fmt: skip

@@ -17,6 +17,7 @@ from vlmoe.nn.kernels import configs, gate, routing
 from vlmoe.nn.kernels import expert_mlp as forward_kernels
 from vlmoe.nn.kernels import expert_mlp_backward as backward_kernels
 from vlmoe.nn.kernels.launch import repeated
+from vlmoe.nn.kernels.tiles import Tiles, cut, multiprocessors, power_of_two
 
 GLUON_TRITON = "3.6."  # add another when tests/gpu passed on it
 
@@ -78,9 +79,9 @@ def gate_logits(x: Tensor, weight: Tensor) -> Tensor:
     rows, dim, E = len(x), x.shape[1], len(weight)
     logits = _new_logits(x, weight)
     block, warps = configs.gate_tile(dim)
-    programs = min(triton.cdiv(rows, block), 2 * _multiprocessors(x.device))
+    programs = min(triton.cdiv(rows, block), 2 * multiprocessors(x.device))
     gate.gate_logits[(max(1, programs),)](
-        x, weight, logits, rows, E, **_widths(dim), EXPERTS=max(16, _power_of_two(E)), BLOCK=block, num_warps=warps
+        x, weight, logits, rows, E, **_widths(dim), EXPERTS=max(16, power_of_two(E)), BLOCK=block, num_warps=warps
     )
     return logits
 
@@ -97,10 +98,10 @@ def gate_logits_backward(dlogits: Tensor, x: Tensor, weight: Tensor) -> tuple[Te
     rows, dim, E = len(x), x.shape[1], len(weight)
     dx = torch.empty_like(x)
     block, warps = configs.gate_tile(dim)
-    programs = max(1, min(triton.cdiv(rows, block), _multiprocessors(x.device)))
+    programs = max(1, min(triton.cdiv(rows, block), 2 * multiprocessors(x.device)))
     parts = dlogits.new_empty(programs, dim, E)
     gate.gate_gradients[(programs,)](
-        x, weight, dlogits, dx, parts, rows, E, **_widths(dim), EXPERTS=max(16, _power_of_two(E)), BLOCK=block,
+        x, weight, dlogits, dx, parts, rows, E, **_widths(dim), EXPERTS=max(16, power_of_two(E)), BLOCK=block,
         num_warps=warps,
     )  # fmt: skip
     return dx, parts.sum(0).t().contiguous().to(weight.dtype)
@@ -131,7 +132,7 @@ def order_slots(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     """
     expert_ids = expert_ids.contiguous()
     order, ends = _new_order(expert_ids, num_experts)
-    experts = _power_of_two(num_experts)
+    experts = power_of_two(num_experts)
     step = max(16, 16384 // experts)
     steps = max(1, 4096 // step)
     blocks = max(1, triton.cdiv(expert_ids.numel(), step * steps))
@@ -172,12 +173,14 @@ def expert_mlp(
     bank = _contiguous(w_in, w_out, w_gate, b_in, b_out, b_gate)
     E, hidden, dim = w_in.shape
     tile, bias, top_k = configs.forward_tile(dim, w_gate is not None), b_in is not None, expert_ids.shape[1]
-    tiles = _Tiles(ends, expert_ids.numel(), tile.block_m)
+    tiles = Tiles(ends, expert_ids.numel(), tile.block_m)
     at = (order, ends, tiles.expert, tiles.place)
     y = x.new_empty(expert_ids.numel(), dim)
     hopper_tile = configs.hopper_forward_tile(dim, hidden)
     if hopper_tile is not None and _runs_on_hopper(x, bank, bias, activation):
-        _hopper("hopper_forward").launch_forward(hopper_tile, x, *at, weights, bank, y, top_k, bias, activation)
+        _hopper("hopper_forward").launch_forward(
+            hopper_tile, x, *at, tiles.base, weights, bank, y, top_k, bias, activation
+        )
     else:
         forward_kernels.forward[(tiles.count,)](
             x, *at, weights, *bank, y, E,
@@ -212,69 +215,97 @@ def expert_mlp_backward(
     dy, x, expert_ids, weights = dy.contiguous(), x.contiguous(), expert_ids.contiguous(), weights.contiguous()
     bank = _contiguous(w_in, w_out, w_gate, b_in, b_out, b_gate)
     E, hidden, dim = w_in.shape
-    bias, matrices, slots = b_in is not None, 2 if w_gate is None else 3, expert_ids.numel()
-    by_row, by_weight = configs.row_gradients_tile(dim, w_gate is not None), configs.weight_gradients_tile(dim)
-    runs_on_hopper = _runs_on_hopper(x, bank, bias, activation)
-    hopper_tile = configs.hopper_row_gradients_tile(dim, hidden) if runs_on_hopper else None
-    tiles = _Tiles(ends, slots, by_row.block_m)
-    blocks = triton.cdiv(hidden, by_weight.block_f)
-    chunk, segment, places = _cut(
-        tiles, by_row.block_m * hidden * matrices * x.element_size(), blocks * matrices, x.device
+    bias, slots = b_in is not None, expert_ids.numel()
+    hopper_tile = configs.hopper_row_gradients_tile(dim, hidden) if _runs_on_hopper(x, bank, bias, activation) else None
+    tiles = Tiles(
+        ends,
+        slots,
+        configs.HOPPER_SLOTS if hopper_tile else configs.row_gradients_tile(dim, w_gate is not None).block_m,
     )
-
     dx_slots, dweights = x.new_empty(slots, dim), torch.zeros_like(weights)
-    chunk_rows, size = chunk * by_row.block_m, hidden * dim
-    hiddens, gathered = x.new_empty(matrices, chunk_rows, hidden), x.new_empty(2, chunk_rows, dim)
-    parts, dw = weights.new_empty(matrices, places, size + hidden), weights.new_zeros(matrices, E, size + hidden)
     db_parts_per_tile = 1 if hopper_tile is None else 2
     db_out_parts = weights.new_empty(tiles.count * db_parts_per_tile if bias else 0, dim)
     arguments = {
         "x": x, "dy": dy, "slots": order, "ends": ends, "tile_expert": tiles.expert, "tile_place": tiles.place,
-        "tile_base": tiles.base, "weights": weights, "dx": dx_slots, "dweights": dweights, "hiddens": hiddens,
-        "gathered": gathered, "bias_parts": db_out_parts, "parts": parts, "total": dw, "E": E, "chunk_rows": chunk_rows,
+        "tile_base": tiles.base, "weights": weights, "dx": dx_slots, "dweights": dweights, "bias_parts": db_out_parts,
         **dict(zip(("w_in", "w_out", "w_gate", "b_in", "b_out", "b_gate"), bank, strict=True)),
-        "TOP_K": expert_ids.shape[1], "HIDDEN": hidden, **_widths(dim), "BIAS": bias, "ACTIVATION": activation,
-        "BLOCK_M": by_row.block_m, "SEGMENT": segment, "PLACES": places,
+        "E": E, "TOP_K": expert_ids.shape[1], "HIDDEN": hidden, **_widths(dim), "BIAS": bias, "ACTIVATION": activation,
     }  # fmt: skip
     if hopper_tile is None:
-        shape = {"BLOCK_N": by_row.block_n, "STAGES": by_row.stages}
-        row_gradients = repeated(backward_kernels.row_gradients, arguments | shape, num_warps=by_row.warps)
-        programs = chunk
+        dw_in, dw_out, dw_gate, db_in, db_gate = _backward_in_chunks(arguments, tiles, w_gate is not None)
     else:
-        row_gradients = _hopper("hopper").row_gradients_launcher(hopper_tile, arguments)
-        programs = _multiprocessors(x.device)
-    shape = {"BLOCK_F": by_weight.block_f, "BLOCK_K": by_weight.block_k, "STAGES": by_weight.stages}
-    weight_gradients = repeated(backward_kernels.weight_gradients, arguments | shape, num_warps=by_weight.warps)
-    shape = {"SIZE": size + hidden if bias else size, "STRIDE": size + hidden, "BLOCK": 4096}
-    reduce_segments = repeated(backward_kernels.reduce_segments, arguments | shape)
-    for first in range(0, tiles.count, chunk):
-        count = min(chunk, tiles.count - first)
-        at = {"first_tile": first, "num_tiles": count}
-        row_gradients((min(count, programs),), **at)
-        weight_gradients((blocks, matrices, triton.cdiv(count, segment)), **at)
-        reduce_segments((triton.cdiv(size + hidden, 4096), E, matrices), **at)
-    del (
-        hiddens,
-        gathered,
-        parts,
-        arguments,
-        row_gradients,
-        weight_gradients,
-        reduce_segments,
-    )  # before more is allocated
-    dw, db = dw[:, :, :size].view(matrices, E, hidden, dim), dw[:, :, size:]
-    gradients = [_sum_slots(dx_slots, expert_ids, E), dweights]
-    narrow = functools.partial(Tensor.to, dtype=x.dtype, memory_format=torch.contiguous_format)
-    gradients += [narrow(dw[0]), narrow(dw[1].transpose(1, 2))]
-    gradients += [narrow(dw[2])] if w_gate is not None else []
+        dw_in, dw_out, db_in = _backward_on_hopper(arguments, tiles, hopper_tile)
+        dw_gate = db_gate = None
+    gradients = [_sum_slots(dx_slots, expert_ids, E), dweights, dw_in, dw_out, dw_gate]
     if bias:
         db_out = x.new_empty(E, dim)
         backward_kernels.sum_tiles[(E, triton.cdiv(dim, 64))](
             db_out_parts, db_out, tiles.base, dim, db_parts_per_tile, 16, 64
         )
-        gradients += [narrow(db[0]), db_out]
-        gradients += [narrow(db[2])] if w_gate is not None else []
-    return gradients
+        gradients += [db_in, db_out, db_gate]
+    return [each for each in gradients if each is not None]
+
+
+def _backward_in_chunks(arguments: dict[str, Any], tiles: Tiles, gated: bool) -> tuple[Tensor | None, ...]:
+    """Gradients of rows into `arguments`' tensors; returns those of w_in, w_out, w_gate, b_in and b_gate."""
+    x, w_in = arguments["x"], arguments["w_in"]
+    E, hidden, dim = w_in.shape
+    matrices = 3 if gated else 2
+    by_row, by_weight = configs.row_gradients_tile(dim, gated), configs.weight_gradients_tile(dim)
+    blocks = triton.cdiv(hidden, by_weight.block_f)
+    chunk, segment, places = cut(
+        tiles, by_row.block_m * hidden * matrices * x.element_size(), blocks * matrices, x.device
+    )
+    chunk_rows, size = chunk * by_row.block_m, hidden * dim
+    new = arguments["weights"].new_empty
+    parts, dw = new(matrices, places, size + hidden), new(matrices, E, size + hidden).zero_()
+    arguments = arguments | {
+        "hiddens": x.new_empty(matrices, chunk_rows, hidden), "gathered": x.new_empty(2, chunk_rows, dim),
+        "chunk_rows": chunk_rows, "parts": parts, "total": dw, "BLOCK_M": by_row.block_m, "SEGMENT": segment,
+        "PLACES": places,
+    }  # fmt: skip
+    shape = {"BLOCK_N": by_row.block_n, "STAGES": by_row.stages}
+    row_gradients = repeated(backward_kernels.row_gradients, arguments | shape, num_warps=by_row.warps)
+    shape = {"BLOCK_F": by_weight.block_f, "BLOCK_K": by_weight.block_k, "STAGES": by_weight.stages}
+    weight_gradients = repeated(backward_kernels.weight_gradients, arguments | shape, num_warps=by_weight.warps)
+    shape = {"SIZE": size + hidden if arguments["BIAS"] else size, "STRIDE": size + hidden, "BLOCK": 4096}
+    reduce_segments = repeated(backward_kernels.reduce_segments, arguments | shape)
+    for first in range(0, tiles.count, chunk):
+        count = min(chunk, tiles.count - first)
+        at = {"first_tile": first, "num_tiles": count}
+        row_gradients((count,), **at)
+        weight_gradients((blocks, matrices, triton.cdiv(count, segment)), **at)
+        reduce_segments((triton.cdiv(size + hidden, 4096), E, matrices), **at)
+    del arguments, row_gradients, weight_gradients, reduce_segments, parts  # before more is allocated
+    narrow = functools.partial(Tensor.to, dtype=x.dtype, memory_format=torch.contiguous_format)
+    dw, db = dw[:, :, :size].view(-1, E, hidden, dim), dw[:, :, size:]
+    dw_gate, db_gate = (narrow(dw[2]), narrow(db[2])) if gated else (None, None)
+    return narrow(dw[0]), narrow(dw[1].transpose(1, 2)), dw_gate, narrow(db[0]), db_gate
+
+
+def _backward_on_hopper(
+    arguments: dict[str, Any], tiles: Tiles, by_row: configs.HopperTile
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same in one pass, the hidden layer made twice and kept nowhere; returns gradients of w_in, w_out and b_in."""
+    x, w_in = arguments["x"], arguments["w_in"]
+    E, hidden, dim = w_in.shape
+    by_weight = configs.hopper_weight_gradients_tile(dim)
+    blocks, processors = hidden // by_weight.block_f, multiprocessors(x.device)
+    segments = configs.segments(blocks, processors)
+    places, new = segments + min(E, tiles.count), arguments["weights"].new_empty
+    dw_in, dw_out, db_in = torch.empty_like(w_in), x.new_empty(E, dim, hidden), x.new_empty(E, hidden)
+    arguments = arguments | {
+        "tile_weights": new(tiles.count * configs.HOPPER_SLOTS), "parts": new(2, places, hidden * dim + hidden),
+        "num_tiles": tiles.count, "BLOCK_M": configs.HOPPER_SLOTS, "SEGMENT": triton.cdiv(tiles.count, segments),
+        "PLACES": places,
+    }  # fmt: skip
+    _hopper("hopper").launch_row_gradients(by_row, min(tiles.count, processors), arguments)
+    _hopper("hopper_weights").launch_weight_gradients(by_weight, (blocks, segments), arguments)
+    backward_kernels.finish_segments[(triton.cdiv(hidden, 64) * triton.cdiv(dim, 64), E, 2)](
+        arguments["parts"], tiles.base, dw_in, dw_out, db_in, arguments["SEGMENT"], places, hidden, dim,
+        arguments["BIAS"], 64, 64,
+    )  # fmt: skip
+    return dw_in, dw_out, db_in
 
 
 @expert_mlp_backward.register_fake
@@ -304,36 +335,10 @@ def _expert_mlp_gradient(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 expert_mlp.register_autograd(_expert_mlp_gradient, setup_context=_save_expert_mlp)
 
 
-class _Tiles:
-    """Where each tile of `block_m` slots stands, for at most `count` tiles: known without asking the device."""
-
-    def __init__(self, ends: Tensor, slots: int, block_m: int) -> None:
-        E = len(ends)
-        self.count = slots // block_m + E
-        self.expert, self.place = ends.new_empty(self.count), ends.new_empty(self.count)
-        self.base = ends.new_empty(E + 1)
-        experts = _power_of_two(E)
-        block = max(16, 4096 // experts)
-        forward_kernels.tile_table[(triton.cdiv(self.count, block),)](
-            ends, self.expert, self.place, self.base, self.count, E, EXPERTS=experts, BLOCK_M=block_m, BLOCK=block
-        )
-
-
-def _cut(tiles: _Tiles, tile_bytes: int, programs: int, device: torch.device) -> tuple[int, int, int]:
-    """Tiles per chunk, tiles per segment, and places for the parts of a chunk. `programs` is those per segment.
-
-    Chunks are whole waves of tiles, and segments as many as fill one wave.
-    """
-    wave = _multiprocessors(device)
-    chunk = min(tiles.count, wave * max(1, configs.CHUNK_BYTES // (wave * tile_bytes)))
-    segments = max(1, wave // programs)
-    return chunk, triton.cdiv(chunk, segments), segments + min(len(tiles.base) - 1, chunk)
-
-
 def _sum_slots(y: Tensor, expert_ids: Tensor, E: int) -> Tensor:
     rows, top_k = expert_ids.shape
     out = y.new_empty(rows, y.shape[1])
-    width = _power_of_two(y.shape[1])
+    width = power_of_two(y.shape[1])
     block = max(1, 4096 // width)
     forward_kernels.sum_slots[(triton.cdiv(rows, block),)](
         y, expert_ids, out, rows, E, TOP_K=top_k, DIM=y.shape[1], WIDTH=width, BLOCK=block
@@ -354,7 +359,7 @@ def _contiguous(
 
 
 def _row_block(E: int) -> tuple[int, int]:
-    experts = _power_of_two(E)
+    experts = power_of_two(E)
     return max(1, 4096 // experts), experts
 
 
@@ -372,11 +377,3 @@ def _has_hopper() -> bool:
 
 def _hopper(module: str) -> Any:
     return importlib.import_module(f"vlmoe.nn.kernels.{module}")  # not at the top: it needs Gluon
-
-
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-
-
-def _power_of_two(n: int) -> int:
-    return 1 << (n - 1).bit_length()

@@ -1,0 +1,44 @@
+# pyright: reportCallIssue=false, reportArgumentType=false
+# (a launch takes plain values where the kernel's signature says constexpr)
+"""Tiles of slots: where they stand, and how many of them a kernel works on at a time."""
+
+import torch
+import triton
+from torch import Tensor
+
+from vlmoe.nn.kernels import configs
+from vlmoe.nn.kernels import expert_mlp as forward_kernels
+
+
+class Tiles:
+    """Where each tile of `block_m` slots stands, for at most `count` tiles: known without asking the device."""
+
+    def __init__(self, ends: Tensor, slots: int, block_m: int) -> None:
+        E = len(ends)
+        self.count = slots // block_m + E
+        self.expert, self.place = ends.new_empty(self.count), ends.new_empty(self.count)
+        self.base = ends.new_empty(E + 1)
+        experts = power_of_two(E)
+        block = max(16, 4096 // experts)
+        forward_kernels.tile_table[(triton.cdiv(self.count, block),)](
+            ends, self.expert, self.place, self.base, self.count, E, EXPERTS=experts, BLOCK_M=block_m, BLOCK=block
+        )
+
+
+def cut(tiles: Tiles, tile_bytes: int, programs: int, device: torch.device) -> tuple[int, int, int]:
+    """Tiles per chunk, tiles per segment, and places for the parts of a chunk. `programs` is those per segment.
+
+    Chunks are whole waves of tiles, and segments as many as fill one wave.
+    """
+    wave = multiprocessors(device)
+    chunk = min(tiles.count, wave * max(1, configs.CHUNK_BYTES // (wave * tile_bytes)))
+    segments = max(1, wave // programs)
+    return chunk, triton.cdiv(chunk, segments), segments + min(len(tiles.base) - 1, chunk)
+
+
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()
