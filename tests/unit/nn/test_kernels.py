@@ -100,6 +100,39 @@ def test_rows_without_experts_and_no_rows() -> None:
 
 
 @interpreted
+@pytest.mark.parametrize("counts, segment", [((3, 0, 4), 2), ((0, 0, 5), 9), ((1, 1, 1), 1)])
+def test_weight_gradients_are_the_sums_of_their_experts_parts(counts: tuple[int, ...], segment: int) -> None:
+    """Tiles in expert order are cut into segments, and the part of expert e in segment s lies at place s + e."""
+    from vlmoe.nn.kernels import expert_mlp_backward
+
+    E, hidden, dim = len(counts), 80, 48
+    base = torch.tensor([0, *counts]).cumsum(0)
+    places = -(-int(base[-1]) // segment) + E
+    parts = torch.full((2, places, hidden * dim + hidden), torch.nan)
+    want = torch.zeros(2, E, hidden * dim + hidden)
+    for e in range(E):
+        for s in {tile // segment for tile in range(int(base[e]), int(base[e + 1]))}:
+            parts[:, s + e] = torch.randn_like(parts[:, 0])
+            want[:, e] += parts[:, s + e]
+    dw_in, dw_out, db_in = (torch.full(n, torch.nan) for n in ((E, hidden, dim), (E, dim, hidden), (E, hidden)))
+    expert_mlp_backward.finish_segments[(2, E, 2)](
+        parts, base.int(), dw_in, dw_out, db_in, segment, places, hidden, dim, True, 64, 64
+    )
+    matrices = want[:, :, : hidden * dim].view(2, E, hidden, dim)
+    torch.testing.assert_close(dw_in, matrices[0])
+    torch.testing.assert_close(dw_out, matrices[1].transpose(1, 2))
+    torch.testing.assert_close(db_in, want[0, :, hidden * dim :])
+
+
+@interpreted
+@pytest.mark.parametrize("blocks, multiprocessors, segments", [(18, 132, 22), (24, 132, 11), (16, 132, 8), (200, 132, 1)])
+def test_segments_fill_the_multiprocessors(blocks: int, multiprocessors: int, segments: int) -> None:
+    from vlmoe.nn.kernels import configs
+
+    assert configs.segments(blocks, multiprocessors) == segments
+
+
+@interpreted
 @pytest.mark.parametrize("rows, E, top_k", [(300, 7, 3), (40, 32, 2), (9, 1, 1)])
 def test_routing_is_top_k_and_a_stable_sort(rows: int, E: int, top_k: int) -> None:
     from vlmoe.nn.kernels import ops

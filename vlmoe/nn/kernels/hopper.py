@@ -1,9 +1,9 @@
 # type: ignore  # kernels are Gluon's language, which checkers read as Python
-"""The experts' row gradients for Hopper: one warp streams weights, two warpgroups multiply in turn.
+"""The experts' row gradients for Hopper: one warp streams weights, two warpgroups multiply.
 
-The same function as `expert_mlp_backward.row_gradients`, for ungated experts whose widths fill the blocks. A tile of 128
-slots is two halves of 64, one per warpgroup: while one is at its activation, the other has the tensor cores.
-Axes as there; D1 + D2 = dim.
+Those of `expert_mlp_backward.row_gradients`, for ungated experts whose widths fill the blocks, without what it leaves for
+weight gradients: `hopper_weights` makes that again. A tile of 128 slots is two halves of 64, one per warpgroup, which meet
+nowhere. Axes as there; D1 + D2 = dim.
 """
 
 from collections.abc import Mapping
@@ -137,9 +137,7 @@ def start_both(
 
 
 @gluon.jit
-def hidden_gradient(
-    h, da, dweight, bias, BIAS: gl.constexpr, ACTIVATION: gl.constexpr
-):  # fmt: skip
+def hidden_gradient(h, da, dweight, bias, BIAS: gl.constexpr, ACTIVATION: gl.constexpr):
     """dh / weight, and dweight with this block's part."""
     if BIAS:
         h += bias.to(gl.float32)[None, :]
