@@ -125,7 +125,9 @@ def test_weight_gradients_are_the_sums_of_their_experts_parts(counts: tuple[int,
 
 
 @interpreted
-@pytest.mark.parametrize("blocks, multiprocessors, segments", [(18, 132, 22), (24, 132, 11), (16, 132, 8), (200, 132, 1)])
+@pytest.mark.parametrize(
+    "blocks, multiprocessors, segments", [(18, 132, 22), (24, 132, 11), (16, 132, 8), (200, 132, 1)]
+)
 def test_segments_fill_the_multiprocessors(blocks: int, multiprocessors: int, segments: int) -> None:
     from vlmoe.nn.kernels import configs
 
