@@ -27,7 +27,6 @@ class HopperWeightTile(NamedTuple):
     block_f: int  # hidden rows of a weight gradient
     block_k: int  # slots per step
     stages: int  # steps' rows in shared memory
-    resident: bool  # the experts' own weights stay in registers
 
 
 class Split(NamedTuple):
@@ -81,9 +80,9 @@ def hopper_row_gradients_tile(dim: int, hidden: int) -> HopperTile | None:
 def hopper_weight_gradients_tile(dim: int) -> HopperWeightTile:
     """For the kernel of `hopper_weights`, which runs where that of `hopper` does."""
     return {
-        128: HopperWeightTile(64, 64, 4, False),
-        192: HopperWeightTile(64, 64, 3, False),
-        256: HopperWeightTile(64, 32, 4, False),
+        128: HopperWeightTile(64, 64, 4),
+        192: HopperWeightTile(64, 64, 3),
+        256: HopperWeightTile(64, 32, 4),
     }[dim]
 
 

@@ -6,7 +6,7 @@ transposed, so that what one product leaves in registers is the left operand of 
 makes h^T = w_in x^T and adds act(h)^T dy to the gradient of w_out, the second makes da^T = w_out^T dy^T and adds dh^T x to
 that of w_in. Between them goes act'(h) alone. Four more warps gather x and dy.
 
-Axes as in `expert_mlp_backward`, whose `reduce_segments` adds the parts; D1 + D2 = dim.
+Axes as in `expert_mlp_backward`, whose `finish_segments` adds the parts; D1 + D2 = dim.
 """
 
 from collections.abc import Mapping
@@ -110,8 +110,8 @@ def start_hidden(w1, w2, ring1, ring2, full, zeros, step, D2: gl.constexpr, STAG
 
 @gluon.jit
 def left_operand(
-    hidden, bias, scale, sums, slopes, barriers, step, FIRST: gl.constexpr,
-    ACTIVATION: gl.constexpr, LAYOUT: gl.constexpr,
+    hidden, bias, scale, sums, slopes, barriers, step, FIRST: gl.constexpr, ACTIVATION: gl.constexpr,
+    LAYOUT: gl.constexpr,
 ):  # fmt: skip
     """Of the second product: weight * act(h) for the FIRST warpgroup, else dh, and `sums` with dh's slots."""
     _, _, _, _, slope_full, slope_empty = barriers
@@ -146,13 +146,12 @@ def accumulate(
     tables, tile_weights, b_in, parts, weights, rings, slopes, barriers, num_tiles, E, FIRST: gl.constexpr,
     SEGMENT: gl.constexpr, PLACES: gl.constexpr, DIM: gl.constexpr, HIDDEN: gl.constexpr, D1: gl.constexpr,
     D2: gl.constexpr, BIAS: gl.constexpr, ACTIVATION: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_F: gl.constexpr,
-    BLOCK_K: gl.constexpr, STAGES: gl.constexpr, RESIDENT: gl.constexpr,
+    BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """One warpgroup; the FIRST has w_in's columns, the other w_out's. RESIDENT: kept in registers."""
+    """One warpgroup; the FIRST starts with w_in, the other with w_out."""
     HIDDEN_MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_K, 16])
     MMA1: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D1, 16])
     MMA2: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D2 if D2 > 0 else D1, 16])
-    WEIGHT: gl.constexpr = gl.DotOperandLayout(0, HIDDEN_MMA, 2)
     IN_FLIGHT: gl.constexpr = 2 if D2 > 0 else 1
     in1, in2, out1, out2 = weights
     x1, x2, dy1, dy2 = rings
@@ -182,11 +181,7 @@ def accumulate(
             scales = tile_weights + tile * BLOCK_M + gl.arange(0, BLOCK_K, gl.SliceLayout(0, HIDDEN_MMA))
             scale = gl.load(scales)
             mbarrier.wait(weights_full, item & 1)
-            if RESIDENT:
-                a1, a2 = w1.load(WEIGHT), w2.load(WEIGHT)
-            else:
-                a1, a2 = w1, w2
-            hidden = start_hidden(a1, a2, left1, left2, full, zeros, step, D2, STAGES)
+            hidden = start_hidden(w1, w2, left1, left2, full, zeros, step, D2, STAGES)
             hidden = warpgroup_mma_wait(0, deps=[hidden])
             for first in range(0, stop - place - BLOCK_K, BLOCK_K):
                 left, sums = left_operand(
@@ -197,7 +192,7 @@ def accumulate(
                     left.to(dtype), right1.index(slot), right2.index(slot), acc1, acc2, D2, MMA1, MMA2
                 )
                 step += 1
-                hidden = start_hidden(a1, a2, left1, left2, full, zeros, step, D2, STAGES)
+                hidden = start_hidden(w1, w2, left1, left2, full, zeros, step, D2, STAGES)
                 scale = gl.load(scales + first + BLOCK_K)
                 acc1, acc2 = wait_products(acc1, acc2, D2, IN_FLIGHT)
                 barrier()
@@ -231,10 +226,13 @@ def weight_gradients(
     parts, num_tiles, E,
     TOP_K: gl.constexpr, DIM: gl.constexpr, HIDDEN: gl.constexpr, D1: gl.constexpr, D2: gl.constexpr,
     BIAS: gl.constexpr, ACTIVATION: gl.constexpr, SEGMENT: gl.constexpr, PLACES: gl.constexpr, BLOCK_M: gl.constexpr,
-    BLOCK_F: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, RESIDENT: gl.constexpr,
+    BLOCK_F: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
     REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """`parts` as `expert_mlp_backward.weight_gradients` leaves them; the grid is (hidden / BLOCK_F, segments)."""
+    """The part of expert e in segment s, as `expert_mlp_backward.weight_gradients` leaves it, at place s + e of `parts`.
+
+    The grid is (hidden / BLOCK_F, segments). `tile_weights` as `hopper.row_gradients` leaves them.
+    """
     dtype: gl.constexpr = x.dtype.element_ty
     W2: gl.constexpr = D2 if D2 > 0 else 16
     layout1: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_K, D1], dtype)
@@ -276,10 +274,10 @@ def weight_gradients(
         [
             (accumulate, (tables, tile_weights, b_in, parts, weights, rings, slopes, barriers, num_tiles, E,
                           gl.constexpr(True), SEGMENT, PLACES, DIM, HIDDEN, D1, D2, BIAS, ACTIVATION, BLOCK_M, BLOCK_F,
-                          BLOCK_K, STAGES, RESIDENT)),
+                          BLOCK_K, STAGES)),
             (accumulate, (tables, tile_weights, b_in, parts, weights, rings, slopes, barriers, num_tiles, E,
                           gl.constexpr(False), SEGMENT, PLACES, DIM, HIDDEN, D1, D2, BIAS, ACTIVATION, BLOCK_M, BLOCK_F,
-                          BLOCK_K, STAGES, RESIDENT)),
+                          BLOCK_K, STAGES)),
             (stream_rows, (tables, pointers, matrices, weights, rings, barriers, num_tiles, E, SEGMENT, TOP_K, DIM,
                            HIDDEN, D1, D2, BLOCK_M, BLOCK_F, BLOCK_K, STAGES)),
         ],
@@ -295,7 +293,6 @@ def launch_weight_gradients(tile: HopperWeightTile, grid: tuple[int, int], argum
         "BLOCK_F": tile.block_f,
         "BLOCK_K": tile.block_k,
         "STAGES": tile.stages,
-        "RESIDENT": tile.resident,
         "REGISTERS": 232,
         "PRODUCER_REGISTERS": 40,
     }

@@ -292,7 +292,7 @@ def _backward_on_hopper(
     by_weight = configs.hopper_weight_gradients_tile(dim)
     blocks, processors = hidden // by_weight.block_f, multiprocessors(x.device)
     segments = configs.segments(blocks, processors)
-    places, new = segments + min(E, tiles.count), arguments["weights"].new_empty
+    places, new = segments + E, arguments["weights"].new_empty
     dw_in, dw_out, db_in = torch.empty_like(w_in), x.new_empty(E, dim, hidden), x.new_empty(E, hidden)
     arguments = arguments | {
         "tile_weights": new(tiles.count * configs.HOPPER_SLOTS), "parts": new(2, places, hidden * dim + hidden),
