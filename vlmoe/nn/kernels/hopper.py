@@ -324,18 +324,18 @@ def describe_weights(w_in: Tensor, w_out: Tensor, block_n: int) -> list[TensorDe
     return described + [describe(w_out, [width, block_n]) for width in widths]
 
 
+def constants(tile: HopperTile) -> dict[str, int]:
+    """A tile as the kernels' parameters."""
+    return {"BLOCK_N": tile.block_n, "IN_SLOTS": tile.in_slots, "OUT_SLOTS": tile.out_slots, "REGISTERS": 240}
+
+
+def with_weights(arguments: Mapping[str, Any], block_n: int) -> dict[str, Any]:
+    """`arguments` and the descriptors of their w_in and w_out."""
+    described = describe_weights(arguments["w_in"], arguments["w_out"], block_n)
+    return {**arguments, **dict(zip(("in_desc1", "in_desc2", "out_desc1", "out_desc2"), described, strict=True))}
+
+
 def launch_row_gradients(tile: HopperTile, programs: int, arguments: Mapping[str, Any]) -> None:
     """`arguments` by the names of the portable kernel and of this one."""
-    weights = describe_weights(arguments["w_in"], arguments["w_out"], tile.block_n)
-    shape = {
-        "BLOCK_N": tile.block_n,
-        "IN_SLOTS": tile.in_slots,
-        "OUT_SLOTS": tile.out_slots,
-        "REGISTERS": 240,
-    }
-    given = {
-        **arguments,
-        **dict(zip(("in_desc1", "in_desc2", "out_desc1", "out_desc2"), weights, strict=True)),
-        **shape,
-    }
+    given = with_weights(arguments, tile.block_n) | constants(tile)
     row_gradients[(programs,)](*(given[name] for name in row_gradients.arg_names), num_warps=4)

@@ -19,6 +19,7 @@ from vlmoe.nn.kernels.configs import HopperTile, split_width
 from vlmoe.nn.kernels.hopper import (
     HALF_ROWS,
     barrier,
+    constants,
     describe_weights,
     find_tile,
     load_slots,
@@ -196,5 +197,5 @@ def launch_forward(
         x, slots, ends, tile_expert, tile_place, tile_base, weights, b_in, b_out,
         *describe_weights(w_in, w_out, tile.block_n), y, E,
         TOP_K=top_k, DIM=dim, HIDDEN=hidden, D1=first, D2=second, BIAS=bias, ACTIVATION=activation,
-        BLOCK_N=tile.block_n, IN_SLOTS=tile.in_slots, OUT_SLOTS=tile.out_slots, REGISTERS=240, num_warps=4,
+        **constants(tile), num_warps=4,
     )  # fmt: skip

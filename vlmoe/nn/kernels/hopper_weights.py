@@ -25,7 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from vlmoe.nn.kernels.activations import activate_with_slope
 from vlmoe.nn.kernels.configs import HopperWeightTile
-from vlmoe.nn.kernels.hopper import add_product, barrier, describe_weights, wait_products
+from vlmoe.nn.kernels.hopper import add_product, barrier, wait_products, with_weights
 
 
 @gluon.jit
@@ -286,19 +286,13 @@ def weight_gradients(
     )  # fmt: skip
 
 
+def constants(tile: HopperWeightTile) -> dict[str, int]:
+    """A tile as the kernel's parameters."""
+    shape = {"BLOCK_F": tile.block_f, "BLOCK_K": tile.block_k, "STAGES": tile.stages}
+    return shape | {"REGISTERS": 232, "PRODUCER_REGISTERS": 40}
+
+
 def launch_weight_gradients(tile: HopperWeightTile, grid: tuple[int, int], arguments: Mapping[str, Any]) -> None:
     """`arguments` by the names of the portable kernel and of this one."""
-    described = describe_weights(arguments["w_in"], arguments["w_out"], tile.block_f)
-    shape = {
-        "BLOCK_F": tile.block_f,
-        "BLOCK_K": tile.block_k,
-        "STAGES": tile.stages,
-        "REGISTERS": 232,
-        "PRODUCER_REGISTERS": 40,
-    }
-    given = {
-        **arguments,
-        **dict(zip(("in_desc1", "in_desc2", "out_desc1", "out_desc2"), described, strict=True)),
-        **shape,
-    }
+    given = with_weights(arguments, tile.block_f) | constants(tile)
     weight_gradients[grid](*(given[name] for name in weight_gradients.arg_names), num_warps=4)
