@@ -81,13 +81,17 @@ def load_slots(slots, place, end, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def load_part(x, dy, slot, place, end, TOP_K: gl.constexpr, DIM: gl.constexpr, FIRST: gl.constexpr,
-              WIDTH: gl.constexpr, ROWS: gl.constexpr):  # fmt: skip
-    """Columns FIRST to FIRST + WIDTH of the slots' x and dy."""
-    valid = (place + gl.arange(0, HALF_ROWS, gl.SliceLayout(1, ROWS)) < end)[:, None]
+def row_offsets(slot, TOP_K: gl.constexpr, DIM: gl.constexpr, FIRST: gl.constexpr, WIDTH: gl.constexpr,
+                ROWS: gl.constexpr):  # fmt: skip
+    """Of columns FIRST to FIRST + WIDTH of the slots' rows."""
     column = FIRST + gl.arange(0, WIDTH, gl.SliceLayout(0, ROWS))
-    source = (slot // TOP_K).to(gl.int64)[:, None] * DIM + column[None, :]
-    return gl.load(x + source, mask=valid, other=0.0), gl.load(dy + source, mask=valid, other=0.0)
+    return (slot // TOP_K).to(gl.int64)[:, None] * DIM + column[None, :]
+
+
+@gluon.jit
+def are_slots(place, end, LAYOUT: gl.constexpr):
+    """Which rows of this half have a slot."""
+    return place + gl.arange(0, HALF_ROWS, gl.SliceLayout(1, LAYOUT)) < end
 
 
 @gluon.jit
@@ -111,7 +115,7 @@ def store_slots(dx, slot, place, end, acc, shared, DIM: gl.constexpr, FIRST: gl.
     """acc to its slots' rows of dx, through shared memory, so that neighbours store neighbours."""
     shared.store(acc.to(dx.dtype.element_ty))
     values = shared.load(ROWS)
-    valid = place + gl.arange(0, HALF_ROWS, gl.SliceLayout(1, ROWS)) < end
+    valid = are_slots(place, end, ROWS)
     column = FIRST + gl.arange(0, WIDTH, gl.SliceLayout(0, ROWS))
     gl.store(dx + slot.to(gl.int64)[:, None] * DIM + column[None, :], values, mask=valid[:, None])
 
@@ -190,12 +194,14 @@ def multiply(
     slot1, slot2 = load_slots(slots, place, end, ROWS1), load_slots(slots, place, end, ROWS2)
     for tile in range(gl.program_id(0), tiles[3], gl.num_programs(0)):
         # every load is under way before the first is waited for
-        x_rows1, dy_rows1 = load_part(x, dy, slot1, place, end, TOP_K, DIM, 0, D1, ROWS1)
+        here, source = are_slots(place, end, ROWS1)[:, None], row_offsets(slot1, TOP_K, DIM, 0, D1, ROWS1)
+        x_rows1, dy_rows1 = gl.load(x + source, mask=here, other=0.0), gl.load(dy + source, mask=here, other=0.0)
         x_rows2, dy_rows2 = x_rows1, dy_rows1
         if D2 > 0:
-            x_rows2, dy_rows2 = load_part(x, dy, slot2, place, end, TOP_K, DIM, D1, D2, ROWS2)
+            here, source = are_slots(place, end, ROWS2)[:, None], row_offsets(slot2, TOP_K, DIM, D1, D2, ROWS2)
+            x_rows2, dy_rows2 = gl.load(x + source, mask=here, other=0.0), gl.load(dy + source, mask=here, other=0.0)
         slot = load_slots(slots, place, end, HIDDEN_MMA)
-        valid = place + gl.arange(0, HALF_ROWS, gl.SliceLayout(1, HIDDEN_MMA)) < end
+        valid = are_slots(place, end, HIDDEN_MMA)
         weight = gl.load(weights + slot, mask=valid, other=0.0)
         x1.store(x_rows1)
         dy1.store(dy_rows1)
@@ -263,8 +269,10 @@ def row_gradients(
     BIAS: gl.constexpr, ACTIVATION: gl.constexpr, BLOCK_N: gl.constexpr,
     IN_SLOTS: gl.constexpr, OUT_SLOTS: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """See `expert_mlp_backward.row_gradients`; `bias_parts` is [2 * tiles, dim]. `tile_weights`
-    gets the slots' weights, tile after tile, 0 where a tile has none."""
+    """See `expert_mlp_backward.row_gradients`; `bias_parts` is [2 * tiles, dim].
+
+    `tile_weights` gets the slots' weights, tile after tile, 0 where a tile has none.
+    """
     dtype: gl.constexpr = x.dtype.element_ty
     W2: gl.constexpr = D2 if D2 > 0 else 16
     rows1 = gl.allocate_shared_memory(dtype, [4, HALF_ROWS, D1], gl.NVMMASharedLayout.get_default_for([64, D1], dtype))

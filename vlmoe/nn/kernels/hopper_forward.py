@@ -4,7 +4,6 @@
 Axes as there. Nothing but x stays in shared memory, so blocks of hidden columns can be wide.
 """
 
-import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -18,22 +17,17 @@ from vlmoe.nn.kernels.activations import activate
 from vlmoe.nn.kernels.configs import HopperTile, split_width
 from vlmoe.nn.kernels.hopper import (
     HALF_ROWS,
+    are_slots,
     barrier,
     constants,
     describe_weights,
     find_tile,
     load_slots,
+    row_offsets,
     store_slots,
     stream_weights,
 )
-
-
-@gluon.jit
-def load_x(x, slot, place, end, TOP_K: gl.constexpr, DIM: gl.constexpr, FIRST: gl.constexpr, WIDTH: gl.constexpr,
-           ROWS: gl.constexpr):  # fmt: skip
-    valid = place + gl.arange(0, HALF_ROWS, gl.SliceLayout(1, ROWS)) < end
-    column = FIRST + gl.arange(0, WIDTH, gl.SliceLayout(0, ROWS))
-    return gl.load(x + (slot // TOP_K).to(gl.int64)[:, None] * DIM + column[None, :], mask=valid[:, None], other=0.0)
+from vlmoe.nn.kernels.tiles import multiprocessors
 
 
 @gluon.jit
@@ -66,10 +60,12 @@ def multiply_forward(
     expert, place, end = find_tile(tiles, gl.program_id(0), HALF)
     slot1, slot2 = load_slots(slots, place, end, ROWS1), load_slots(slots, place, end, ROWS2)
     for tile in range(gl.program_id(0), tiles[3], gl.num_programs(0)):
-        rows1 = load_x(x, slot1, place, end, TOP_K, DIM, 0, D1, ROWS1)
+        here, source = are_slots(place, end, ROWS1), row_offsets(slot1, TOP_K, DIM, 0, D1, ROWS1)
+        rows1 = gl.load(x + source, mask=here[:, None], other=0.0)
         rows2 = rows1
         if D2 > 0:
-            rows2 = load_x(x, slot2, place, end, TOP_K, DIM, D1, D2, ROWS2)
+            here, source = are_slots(place, end, ROWS2), row_offsets(slot2, TOP_K, DIM, D1, D2, ROWS2)
+            rows2 = gl.load(x + source, mask=here[:, None], other=0.0)
         x1.store(rows1)
         if D2 > 0:
             x2.store(rows2)
@@ -192,7 +188,7 @@ def launch_forward(
     w_in, w_out, _, b_in, b_out, _ = bank
     E, hidden, dim = w_in.shape
     first, second = split_width(dim)
-    programs = min(len(tile_expert), torch.cuda.get_device_properties(x.device).multi_processor_count)
+    programs = min(len(tile_expert), multiprocessors(x.device))
     forward[(programs,)](
         x, slots, ends, tile_expert, tile_place, tile_base, weights, b_in, b_out,
         *describe_weights(w_in, w_out, tile.block_n), y, E,

@@ -25,7 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from vlmoe.nn.kernels.activations import activate_with_slope
 from vlmoe.nn.kernels.configs import HopperWeightTile
-from vlmoe.nn.kernels.hopper import add_product, barrier, wait_products, with_weights
+from vlmoe.nn.kernels.hopper import add_product, barrier, row_offsets, wait_products, with_weights
 
 
 @gluon.jit
@@ -44,8 +44,8 @@ def places_of_rows(slots, place, end, TOP_K: gl.constexpr, DIM: gl.constexpr, FI
     """Offsets of columns FIRST to FIRST + WIDTH of each slot's row; behind `end` those of row 0, whose weight is 0."""
     ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [256 // WIDTH, WIDTH // 8], [4, 1], [1, 0])
     place += gl.arange(0, BLOCK_K, gl.SliceLayout(1, ROWS))
-    row = (gl.load(slots + place, mask=place < end, other=0) // TOP_K).to(gl.int64)
-    return row[:, None] * DIM + (FIRST + gl.arange(0, WIDTH, gl.SliceLayout(0, ROWS)))[None, :]
+    slot = gl.load(slots + place, mask=place < end, other=0)
+    return row_offsets(slot, TOP_K, DIM, FIRST, WIDTH, ROWS)
 
 
 @gluon.jit

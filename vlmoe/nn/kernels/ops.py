@@ -250,15 +250,15 @@ def _backward_in_chunks(arguments: dict[str, Any], tiles: Tiles, gated: bool) ->
     """Gradients of rows into `arguments`' tensors; returns those of w_in, w_out, w_gate, b_in and b_gate."""
     x, w_in = arguments["x"], arguments["w_in"]
     E, hidden, dim = w_in.shape
-    matrices = 3 if gated else 2
+    matrices, bias = 3 if gated else 2, arguments["BIAS"]
     by_row, by_weight = configs.row_gradients_tile(dim, gated), configs.weight_gradients_tile(dim)
     blocks = triton.cdiv(hidden, by_weight.block_f)
     chunk, segment, places = cut(
         tiles, by_row.block_m * hidden * matrices * x.element_size(), blocks * matrices, x.device
     )
     chunk_rows, size = chunk * by_row.block_m, hidden * dim
-    new = arguments["weights"].new_empty
-    parts, dw = new(matrices, places, size + hidden), new(matrices, E, size + hidden).zero_()
+    weights = arguments["weights"]
+    parts, dw = weights.new_empty(matrices, places, size + hidden), weights.new_zeros(matrices, E, size + hidden)
     arguments = arguments | {
         "hiddens": x.new_empty(matrices, chunk_rows, hidden), "gathered": x.new_empty(2, chunk_rows, dim),
         "chunk_rows": chunk_rows, "parts": parts, "total": dw, "BLOCK_M": by_row.block_m, "SEGMENT": segment,
@@ -268,7 +268,7 @@ def _backward_in_chunks(arguments: dict[str, Any], tiles: Tiles, gated: bool) ->
     row_gradients = repeated(backward_kernels.row_gradients, arguments | shape, num_warps=by_row.warps)
     shape = {"BLOCK_F": by_weight.block_f, "BLOCK_K": by_weight.block_k, "STAGES": by_weight.stages}
     weight_gradients = repeated(backward_kernels.weight_gradients, arguments | shape, num_warps=by_weight.warps)
-    shape = {"SIZE": size + hidden if arguments["BIAS"] else size, "STRIDE": size + hidden, "BLOCK": 4096}
+    shape = {"SIZE": size + hidden if bias else size, "STRIDE": size + hidden, "BLOCK": 4096}
     reduce_segments = repeated(backward_kernels.reduce_segments, arguments | shape)
     for first in range(0, tiles.count, chunk):
         count = min(chunk, tiles.count - first)
@@ -278,9 +278,10 @@ def _backward_in_chunks(arguments: dict[str, Any], tiles: Tiles, gated: bool) ->
         reduce_segments((triton.cdiv(size + hidden, 4096), E, matrices), **at)
     del arguments, row_gradients, weight_gradients, reduce_segments, parts  # before more is allocated
     narrow = functools.partial(Tensor.to, dtype=x.dtype, memory_format=torch.contiguous_format)
-    dw, db = dw[:, :, :size].view(-1, E, hidden, dim), dw[:, :, size:]
-    dw_gate, db_gate = (narrow(dw[2]), narrow(db[2])) if gated else (None, None)
-    return narrow(dw[0]), narrow(dw[1].transpose(1, 2)), dw_gate, narrow(db[0]), db_gate
+    dw, db = dw[:, :, :size].view(matrices, E, hidden, dim), dw[:, :, size:]
+    dw_gate = narrow(dw[2]) if gated else None
+    db_in, db_gate = (narrow(db[0]), narrow(db[2]) if gated else None) if bias else (None, None)
+    return narrow(dw[0]), narrow(dw[1].transpose(1, 2)), dw_gate, db_in, db_gate
 
 
 def _backward_on_hopper(
