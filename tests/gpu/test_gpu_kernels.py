@@ -209,6 +209,7 @@ def test_routing_equals_topk_and_stable_argsort(rows, E, top_k):
     kept = int((flat < E).sum())
     assert torch.equal(order[:kept].long(), flat.argsort(stable=True)[:kept])
     assert torch.equal(ends.long(), flat.bincount(minlength=E + 1)[:E].cumsum(0))
+    assert torch.equal(ops.count_slots(ids, E), flat.bincount(minlength=E + 1)[:E])
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,6 @@ def build_encoder(config: ModelConfig, vocab_size: int, *, final_norm: bool = Tr
             Block(
                 Attention(config.dim, config.attn_heads, copies=attention_copies),
                 _make_ffn(config, layer),
-                drop_path=config.drop_path * layer / max(config.depth - 1, 1),
             )
             for layer in range(config.depth)
         ]
@@ -52,6 +51,7 @@ def build_encoder(config: ModelConfig, vocab_size: int, *, final_norm: bool = Tr
             text_embed=TextEmbed(vocab_size=vocab_size, max_length=config.max_text_length, dim=config.dim),
             layers=layers,
             norm=Multiway(lambda: nn.LayerNorm(config.dim, eps=1e-5), copies=attention_copies) if final_norm else None,
+            drop_path=config.drop_path,
         )
     except ValueError as error:
         raise UserError(f"model: {error}") from None
@@ -154,14 +154,13 @@ def init_weights(encoder: Encoder) -> None:
 
 
 def compile_blocks(model: nn.Module) -> None:
-    """Compile the attention and the feed-forward part of each block, and a stem of convolutions, in place; parameters keep
-    their names.
+    """Compile each block, and a stem of convolutions, in place; parameters keep their names.
 
-    Part by part, for equal parts of all layers are compiled once; drop path, whose rate differs from layer to layer, stays
-    outside. Streams differ in what they pass (image, text, both) and text in length, so the parts need more variants than
-    torch allows by itself before it gives up compiling. Two steps of Inductor are not made for shapes that vary and are off:
-    the analysis of tiles stops at some with an AssertionError (pytorch/pytorch#181563), and sums over rows that share a
-    kernel with sums over columns slice their workspace by a length without its parentheses (both seen with torch 2.11).
+    Block by block, for equal ones of all layers are compiled once. Streams differ in what they pass (image, text, both) and
+    text in length, so blocks need more variants than torch allows by itself before it gives up compiling. Two steps of
+    Inductor are not made for shapes that vary and are off: the analysis of tiles stops at some with an AssertionError
+    (pytorch/pytorch#181563), and sums over rows that share a kernel with sums over columns slice their workspace by a length
+    without its parentheses (both seen with torch 2.11).
     """
     import torch._inductor.config
 
@@ -170,7 +169,7 @@ def compile_blocks(model: nn.Module) -> None:
         torch._inductor.config.triton.mix_order_reduction = False
     torch._dynamo.config.recompile_limit = max(RECOMPILE_LIMIT, torch._dynamo.config.recompile_limit)
     for module in model.modules():
-        if isinstance(module, (Attention, MultiwayFFN, ConvStem)):
+        if isinstance(module, (Block, ConvStem)):
             module.compile()
 
 

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
-from timm.layers import DropPath
 from torch import Tensor, nn
 
-from vlmoe.nn.attention import Attention
+from vlmoe.nn.attention import Attention, Visible, as_bias
 from vlmoe.nn.embed import TextEmbed, VisionEmbed
 from vlmoe.nn.multiway import Multiway, MultiwayFFN
 from vlmoe.nn.router import Routing
@@ -35,24 +34,26 @@ class EncoderOutput:
 
 
 class Block(nn.Module):
-    """A pre-norm Transformer block: attention, then feed-forward, each with its residual and drop path."""
+    """A pre-norm Transformer block: attention, then feed-forward, each with its residual."""
 
-    def __init__(self, attention: Attention, ffn: MultiwayFFN, *, drop_path: float) -> None:
+    def __init__(self, attention: Attention, ffn: MultiwayFFN) -> None:
         super().__init__()
         self.attention = attention
         self.ffn = ffn
-        self.drop_path = DropPath(drop_path)
 
     def forward(
         self,
         x: Float[Tensor, "B S d"],
         num_vision: int,
-        visible: Bool[Tensor, "#B 1 #S S"] | None,
+        visible: Visible | None,
         is_padding: Bool[Tensor, "B S"] | None,
+        drop_path: Float[Tensor, "2 B 1 1"] | None = None,
     ) -> tuple[Float[Tensor, "B S d"], dict[str, Routing]]:
-        x = x + self.drop_path(self.attention(x, num_vision, visible))
+        """`drop_path`: what the outputs of attention and feed-forward are multiplied by; see `drop_paths`."""
+        y = self.attention(x, num_vision, visible)
+        x = x + (y if drop_path is None else y * drop_path[0])
         y, routings = self.ffn(x, num_vision, is_padding)
-        return x + self.drop_path(y), routings
+        return x + (y if drop_path is None else y * drop_path[1]), routings
 
 
 class Encoder(nn.Module):
@@ -62,16 +63,24 @@ class Encoder(nn.Module):
         vision_embed, text_embed: the two ways into the packed sequence.
         layers: the blocks, lowest first.
         norm: after the last block; None: states leave as they are (released VQA and ImageNet models).
+        drop_path: of the last layer, in training; it grows linearly from 0 (BEiT, arXiv:2106.08254).
     """
 
     def __init__(
-        self, *, vision_embed: VisionEmbed, text_embed: TextEmbed, layers: Sequence[Block], norm: Multiway | None
+        self,
+        *,
+        vision_embed: VisionEmbed,
+        text_embed: TextEmbed,
+        layers: Sequence[Block],
+        norm: Multiway | None,
+        drop_path: float = 0.0,
     ) -> None:
         super().__init__()
         self.vision_embed = vision_embed
         self.text_embed = text_embed
         self.layers = nn.ModuleList(layers)
         self.norm = norm
+        self.drop_path = drop_path
 
     @property
     def dim(self) -> int:
@@ -111,14 +120,26 @@ class Encoder(nn.Module):
             raise ValueError("the encoder needs an image, a text, or both")
         x = torch.cat(parts, dim=1)
         visible = _visible(is_padding, blocked)
+        if visible is not None and x.is_cuda:
+            autocast = torch.is_autocast_enabled(x.device.type)
+            visible = as_bias(visible, torch.get_autocast_dtype(x.device.type) if autocast else x.dtype)
         routings: dict[str, Routing] = {}
+        drop_path = drop_paths(x, len(self.layers), self.drop_path) if self.training and self.drop_path else None
         for index, layer in enumerate(self.layers):
-            x, used = layer(x, num_vision, visible, is_padding)
+            x, used = layer(x, num_vision, visible, is_padding, None if drop_path is None else drop_path[index])
             for name, routing in used.items():
                 routings[f"layers.{index}" if name == "shared" else f"layers.{index}.{name}"] = routing
         if self.norm is not None:
             x = self.norm(x, num_vision)
         return EncoderOutput(x, routings, num_vision)
+
+
+def drop_paths(x: Float[Tensor, "B S d"], depth: int, last_rate: float) -> Float[Tensor, "depth 2 B 1 1"]:
+    """Stochastic depth (arXiv:1603.09382) of all layers, drawn at once: each sample skips both parts of layer i with its own
+    chance, i / (depth - 1) of `last_rate`; where it does not, a part is scaled up, so that its mean stays."""
+    rates = torch.linspace(0, last_rate, depth, device=x.device)[:, None, None, None, None]
+    kept = torch.rand(depth, 2, len(x), 1, 1, device=x.device) >= rates
+    return torch.where(kept, 1 / (1 - rates), 0).to(x.dtype)
 
 
 def _visible(

@@ -110,7 +110,6 @@ class _Transformer(nn.Module):
             Block(
                 Attention(dim, attn_heads, copies=SHARED),
                 MultiwayFFN(dim, lambda: FeedForward(dim, 4 * dim), norm_copies=SHARED, copies=SHARED),
-                drop_path=0.0,
             )
             for _ in range(depth)
         )

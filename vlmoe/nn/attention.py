@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from vlmoe.nn.multiway import Multiway, NormLinear
 
 
+Visible = Bool[Tensor, "#B 1 #S S"] | Float[Tensor, "#B 1 #S S"]
+
+
 class Attention(nn.Module):
     """Pre-norm attention with Magneto's second norm before the output projection (arXiv:2210.06423).
 
@@ -29,15 +32,20 @@ class Attention(nn.Module):
         self.qkv = Multiway(lambda: NormLinear(dim, 3 * dim), copies=copies)  # rows: queries, keys, values
         self.out = Multiway(lambda: NormLinear(dim, dim), copies=copies)
 
-    def forward(
-        self, x: Float[Tensor, "B S d"], num_vision: int, visible: Bool[Tensor, "#B 1 #S S"] | None
-    ) -> Float[Tensor, "B S d"]:
-        """`visible` is True where a row may attend to a column; None: everywhere."""
+    def forward(self, x: Float[Tensor, "B S d"], num_vision: int, visible: Visible | None) -> Float[Tensor, "B S d"]:
+        """`visible` is True where a row may attend to a column, or 0 where another is -inf; None: everywhere."""
         q, k, v = split_heads(self.qkv(x, num_vision), self.attn_heads)
         # On CPUs the fused kernel gains nothing at our lengths, and the plain form rounds as the released models do.
         attend = plain_attention if x.device.type == "cpu" else F.scaled_dot_product_attention
         y = attend(q, k, v, visible)
         return self.out(y.transpose(1, 2).flatten(2), num_vision)
+
+
+def as_bias(visible: Bool[Tensor, "#B 1 #S S"], dtype: torch.dtype) -> Float[Tensor, "#B 1 #S S"]:
+    """0 where a row may attend to a column, else -inf. Rows begin at multiples of 16 bytes: with others cuDNN's forward takes
+    twice the time (torch makes such a bias of a mask)."""
+    bias = torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, -torch.inf)
+    return F.pad(bias, (0, 16 - visible.shape[-1] % 8))[..., : visible.shape[-1]]
 
 
 def split_heads(

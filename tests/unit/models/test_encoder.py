@@ -11,6 +11,7 @@ from vlmoe.data.batch import positions
 from vlmoe.errors import UserError
 from vlmoe.models import PretrainModel, RetrievalModel, build_encoder, layer_ids, no_weight_decay
 from vlmoe.models.build import expert_dim
+from vlmoe.models.encoder import drop_paths
 from vlmoe.models.heads import prefix_lm_blocked
 
 VOCAB, PATCHES, LENGTH = 30, 4, 5
@@ -139,6 +140,26 @@ def test_every_parameter_learns(style, given):
     experts = ("w_in", "w_out", "b_in", "b_out")  # few rows: some expert may get none
     silent = [n for n, p in model.named_parameters() if p.grad is None or not (p.grad.abs().sum() > 0)]
     assert [name for name in silent if not name.endswith(experts)] == []
+
+
+def test_drop_path_skips_parts_of_samples_and_keeps_the_mean():
+    x, depth = torch.ones(4000, 1, 1), 5
+    factors = drop_paths(x, depth, 0.4)
+    assert factors.shape == (depth, 2, 4000, 1, 1)
+    for layer, rate in enumerate([0, 0.1, 0.2, 0.3, 0.4]):
+        values, counts = factors[layer].unique(return_counts=True)
+        torch.testing.assert_close(values, torch.tensor([0, 1 / (1 - rate)] if rate else [1.0]))
+        assert abs(counts[-1] / 8000 - (1 - rate)) < 0.03
+    assert not drop_paths(x, 2, 1.0)[1].any()
+
+
+def test_drop_path_is_for_training(given):
+    model = build_encoder(dataclasses.replace(STYLES["mhmoe"], drop_path=0.9), VOCAB)
+    torch.manual_seed(0)
+    dropped = model(**given).states
+    assert not torch.equal(dropped, model(**given).states)
+    model.eval()
+    assert torch.equal(model(**given).states, model(**given).states)
 
 
 def test_pretrain_model_predicts_at_masked_positions_in_order(given):

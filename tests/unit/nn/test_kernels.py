@@ -159,6 +159,7 @@ def test_routing_is_top_k_and_a_stable_sort(rows: int, E: int, top_k: int) -> No
     kept = int((flat < E).sum())
     assert torch.equal(order[:kept].long(), flat.argsort(stable=True)[:kept])
     assert torch.equal(ends.long(), flat.bincount(minlength=E + 1)[:E].cumsum(0))
+    assert torch.equal(ops.count_slots(ids, E), ends.long().diff(prepend=ends.new_zeros(1)))
 
 
 @interpreted
@@ -220,6 +221,7 @@ def test_what_a_compiler_expects_of_each_operator_is_what_it_returns(dtype: torc
     check(ops.gate_logits_backward, torch.randn(3, 20).t(), torch.randn(32, 20).half().t(), gate)
     probs, ids = check(ops.top_k_softmax, logits, 2)
     check(ops.top_k_softmax_backward, logits, ids, torch.randn(2, 20).t())
+    check(ops.count_slots, ids.t(), 3)
     order, ends = check(ops.order_slots, ids, 3)
     bank = [torch.randn(3, 16, 32).half(), torch.randn(3, 32, 16).half(), torch.randn(3, 16).half()]
     bank += [torch.randn(3, 32).half(), torch.randn(3, 16, 32).half(), torch.randn(3, 16).half()]

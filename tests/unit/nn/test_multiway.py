@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vlmoe.nn.attention import Attention, plain_attention
+from vlmoe.nn.attention import Attention, as_bias, plain_attention
 from vlmoe.nn.embed import ConvStem, TextEmbed, VisionEmbed, project_patches, resize_positions
 from vlmoe.nn.ffn import FeedForward
 from vlmoe.nn.mhmoe import MHMoE
@@ -75,6 +75,10 @@ def test_plain_attention_equals_the_fused_one(masked):
         visible |= torch.eye(7, dtype=torch.bool)
     fused = F.scaled_dot_product_attention(q, k, v, visible)
     torch.testing.assert_close(plain_attention(q, k, v, visible), fused)
+    if visible is not None:
+        bias = as_bias(visible, torch.float32)
+        assert bias.shape == visible.shape and bias.stride(-2) % 8 == 0
+        torch.testing.assert_close(F.scaled_dot_product_attention(q, k, v, bias), fused)
 
 
 def test_attention_scores_are_joint_in_both_styles():

@@ -91,6 +91,18 @@ def top_k_softmax(
     return ops.top_k_softmax(logits, top_k)
 
 
+def count_slots(expert_ids: Int[Tensor, "rows top_k"], num_experts: int) -> Int[Tensor, " experts"]:
+    """Slots of each expert; one whose id is `num_experts` has none. On a GPU without atomics, which wait for each other."""
+    if expert_ids.is_cuda and HAS_TRITON:
+        from vlmoe.nn.kernels import ops
+
+        return ops.count_slots(expert_ids, num_experts)
+    if expert_ids.is_cpu and not torch.compiler.is_compiling():  # 20 times faster there, but waits elsewhere
+        return torch.bincount(expert_ids.flatten(), minlength=num_experts)[:num_experts]
+    counts = expert_ids.new_zeros(num_experts + 1)
+    return counts.scatter_add(0, expert_ids.flatten(), torch.ones_like(expert_ids.flatten()))[:num_experts]
+
+
 @torch.compiler.assume_constant_result
 def _shared_memory(device_index: int) -> int:
     """Bytes that a block may ask for."""

@@ -132,13 +132,8 @@ def order_slots(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     """
     expert_ids = expert_ids.contiguous()
     order, ends = _new_order(expert_ids, num_experts)
-    experts = power_of_two(num_experts)
-    step = max(16, 16384 // experts)
-    steps = max(1, 4096 // step)
-    blocks = max(1, triton.cdiv(expert_ids.numel(), step * steps))
-    counts = expert_ids.new_empty(num_experts, blocks, dtype=torch.int32)
-    constants = {"EXPERTS": experts, "STEP": step, "STEPS": steps}
-    routing.count_slots[(blocks,)](expert_ids, counts, expert_ids.numel(), num_experts, blocks, **constants)
+    counts, constants = _counts_by_block(expert_ids, num_experts)
+    blocks = counts.shape[1]
     behind = counts.flatten().cumsum(0, dtype=torch.int32).view_as(counts)
     routing.place_slots[(blocks,)](
         expert_ids, counts, behind, order, expert_ids.numel(), num_experts, blocks, **constants
@@ -151,6 +146,29 @@ def order_slots(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
 def _new_order(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     order = expert_ids.new_empty(expert_ids.shape[0] * expert_ids.shape[1], dtype=torch.int32)
     return order, expert_ids.new_empty(num_experts, dtype=torch.int32)
+
+
+@torch.library.custom_op("vlmoe::count_slots", mutates_args=())
+def count_slots(expert_ids: Tensor, num_experts: int) -> Tensor:
+    """Slots of each expert, int64 [experts]; those whose id is `num_experts` have none."""
+    return _counts_by_block(expert_ids.contiguous(), num_experts)[0].sum(1)
+
+
+@count_slots.register_fake
+def _(expert_ids: Tensor, num_experts: int) -> Tensor:
+    return expert_ids.new_empty(num_experts, dtype=torch.int64)
+
+
+def _counts_by_block(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, dict[str, int]]:
+    """[experts, blocks], and how slots are cut into blocks."""
+    experts = power_of_two(num_experts)
+    step = max(16, 16384 // experts)
+    steps = max(1, 4096 // step)
+    blocks = max(1, triton.cdiv(expert_ids.numel(), step * steps))
+    counts = expert_ids.new_empty(num_experts, blocks, dtype=torch.int32)
+    constants = {"EXPERTS": experts, "STEP": step, "STEPS": steps}
+    routing.count_slots[(blocks,)](expert_ids, counts, expert_ids.numel(), num_experts, blocks, **constants)
+    return counts, constants
 
 
 @torch.library.custom_op("vlmoe::expert_mlp", mutates_args=())
