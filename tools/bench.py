@@ -196,6 +196,7 @@ def main() -> None:
     verb.add_argument("--steps", type=int, default=20)
     verb.add_argument("--warmup", type=int, default=5)
     verb.add_argument("--no-compile", dest="compiled", action="store_false")
+    verb.add_argument("--recorded", action="store_true", help="play steps from a CUDA graph, as cuda_graphs: true does")
     verb.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     verb.add_argument("--out", type=Path, default=FOLDER / "step.csv")
     args = parser.parse_args()

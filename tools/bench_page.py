@@ -195,6 +195,7 @@ def _step_commands(rows: Sequence[Row]) -> Iterable[str]:
         command = f"python tools/bench.py step --recipe recipes/pretrain/{row['recipe']}.yaml"
         command += "" if row["streams"] == "pairs" else " --streams all"
         command += _options(row, {"batch": "256"}) + ("" if row["compiled"] == "True" else " --no-compile")
+        command += " --recorded" if row["recorded"] == "True" else ""
         groups.setdefault(command, []).append(row["what"])
     for command, found in groups.items():
         models = list(dict.fromkeys(found))
@@ -249,16 +250,18 @@ BENCHES = {
         title="Pretraining steps on a GPU",
         about="Whole optimiser steps (the task's loss, backward, clipping, fused AdamW) in bf16 of the recipe's model and its\n"
         "twins, on random input of its shapes that lies on the device: loading and the visual tokenizer are not timed, and\n"
-        "drop path is off. Tokens are patches, CLS and words; padding does not count. MFU is the share of the card's dense\n"
-        "bf16 peak that the model's FLOPs take. Parameters are in millions; a token can touch the active ones.",
+        "drop path is off. Recorded steps are played from a CUDA graph (`cuda_graphs`). Tokens are patches, CLS and words;\n"
+        "padding does not count. MFU is the share of the card's dense bf16 peak that the model's FLOPs take. Parameters are in\n"
+        "millions; a token can touch the active ones.",
         versions=("torch", "cuda", "triton"),
-        group=("recipe", "streams", "batch", "compiled"),
+        group=("recipe", "streams", "batch", "compiled", "recorded"),
         way="what",
         figures=("batch", "tokens", "padded_tokens", "step_ms", "tokens_per_s", "mfu_percent", "peak_memory_gib", "params_m",
                  "active_params_m", "tokens_per_second_vs_dense"),
         optional=("mfu_percent", "peak_memory_gib", "tokens_per_second_vs_dense"),
         shown=(
             ("recipe", "recipe", ""), ("model", "what", ""), ("experts' backend", "backend", ""), ("compiled", "compiled", ""),
+            ("recorded", "recorded", ""),
             ("streams", "streams", ""), ("pairs", "batch", ".0f"), ("tokens", "tokens", ",.0f"),
             ("with padding", "padded_tokens", ",.0f"), ("step, ms", "step_ms", ".1f"), ("tokens / s", "tokens_per_s", ",.0f"),
             ("/ dense of equal FLOPs", "tokens_per_second_vs_dense", ".2f"), ("MFU, %", "mfu_percent", ".1f"),

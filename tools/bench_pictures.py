@@ -116,7 +116,7 @@ def _rate(row: Row) -> str:
 
 
 def _how(row: Row) -> str:
-    return "compiled" if row["compiled"] == "True" else "not compiled"
+    return ("compiled" if row["compiled"] == "True" else "not compiled") + ", recorded" * (row["recorded"] == "True")
 
 
 def _by(rows: Sequence[Row], name: Callable[[Row], str]) -> dict[str, list[Row]]:

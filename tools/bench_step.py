@@ -3,7 +3,7 @@
 A step is what the trainer does: the task's own loss under bf16 autocast (load balancing included), backward, clipping of
 the gradient, fused AdamW. The batch is random, lies on the device and has the recipe's shapes and masks; texts are about as
 long as captions, padded as `collate` does. Visual codes are given: their tokenizer, decoding and loading are not timed.
-Drop path is off: it takes next to no time, but each layer's own rate would be compiled anew.
+Drop path is off. Recorded steps are played from a CUDA graph, as `cuda_graphs: true` does.
 
 Model FLOPs per step are three forward passes of the real tokens (padding is no work): the blocks as `vlmoe.models.cost` counts
 them, and, added here, attention scores and sums (4 S^2 d per layer and sample) and both heads at masked positions. Patch
@@ -29,7 +29,7 @@ from bench_cpu import processor
 from torch import Tensor, nn
 
 from vlmoe.config import ModelConfig, PretrainConfig, load
-from vlmoe.data import Tokenizer, block_mask, collate, text_mask, to_device
+from vlmoe.data import Batch, Tokenizer, block_mask, collate, text_mask, to_device
 from vlmoe.errors import UserError
 from vlmoe.models import build_encoder
 from vlmoe.models.build import compile_blocks, expert_dim, sparse_layers
@@ -39,6 +39,7 @@ from vlmoe.models.visual_tokenizer import VisualTokenizer
 from vlmoe.nn.experts import fastest_backend
 from vlmoe.tasks.pretrain import Pretrain
 from vlmoe.tasks.task import Inputs
+from vlmoe.train.graphs import GraphedUpdate
 from vlmoe.train.optim import learning_rate, make_optimizer, set_learning_rate
 
 MODELS = ("dense_equal_flops", "mhmoe", "dense_equal_params", "xmoe")  # the first is what the others are compared to
@@ -57,6 +58,7 @@ class Plan:
     steps: int
     warmup: int
     compiled: bool
+    recorded: bool
     device: str
 
 
@@ -158,6 +160,7 @@ def _measure(plan: Plan, name: str, config: PretrainConfig) -> dict[str, Any]:
         "recipe": plan.recipe.stem,
         "what": name,
         "compiled": plan.compiled,
+        "recorded": plan.recorded,
         "backend": _backend(config.model, device),
         "streams": "+".join(inputs),
         "batch": plan.batch,
@@ -182,15 +185,22 @@ def _step_times(
 ) -> list[float]:
     """Milliseconds of each step after the warm-up; by device events, from the start of a step to that of the next."""
 
-    def run(number: int) -> None:
-        totals = {term: float(count) for term, count in task.num_targets(inputs).items()}
+    def update(batches: list[Batch], totals: dict[str, Tensor]) -> dict[str, Tensor]:
         with torch.autocast(plan.device, torch.bfloat16):
-            loss = task.loss(model, inputs, totals)
+            loss = task.loss(model, batches[0].inputs, totals)
         loss.total.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip_norm or float("inf"))
-        set_learning_rate(optimizer, learning_rate(number, config.steps, config.optim))
+        norm = nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip_norm or float("inf"))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        return {"loss": loss.total.detach(), "gradient_norm": norm}
+
+    if plan.recorded and plan.device == "cuda":
+        update = GraphedUpdate(update, optimizer)
+    totals = {term: torch.tensor(float(n), device=plan.device) for term, n in task.num_targets(inputs).items()}
+
+    def run(number: int) -> None:
+        set_learning_rate(optimizer, learning_rate(number, config.steps, config.optim))
+        update([Batch(inputs)], totals)
 
     for number in range(plan.warmup):
         run(number)
@@ -239,7 +249,7 @@ def _read_recipe(recipe: Path, name: str) -> PretrainConfig:
         raise SystemExit(str(error)) from None
     if not isinstance(config, PretrainConfig):
         raise SystemExit(f"{path} is no recipe of task pretrain")
+    config.model.drop_path = 0.0
     if not config.data.pairs.batch_size:
         raise SystemExit(f"{path}: data.pairs.batch_size is 0, and steps are timed on pairs")
-    config.model.drop_path = 0.0
     return config

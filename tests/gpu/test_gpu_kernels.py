@@ -212,6 +212,39 @@ def test_routing_equals_topk_and_stable_argsort(rows, E, top_k):
     assert torch.equal(ops.count_slots(ids, E), flat.bincount(minlength=E + 1)[:E])
 
 
+@pytest.mark.parametrize("rows, dim", [(5001, 3072), (1, 8192), (70_000, 200), (0, 64)])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_gelu_and_its_norm(rows, dim, compiled):
+    from vlmoe.nn.kernels import gelu_layer_norm
+
+    inputs = [torch.randn(rows, dim).bfloat16(), torch.randn(dim), torch.randn(dim)]
+    fast, slow = ([each.to("cuda", d).requires_grad_() for each in inputs] for d in (None, torch.double))
+    function = torch.compile(gelu_layer_norm, fullgraph=True) if compiled else gelu_layer_norm
+    with torch.autocast("cuda", torch.bfloat16):
+        y = function(*fast, 1e-5)
+    want = F.layer_norm(F.gelu(slow[0]), (dim,), *slow[1:], 1e-5)
+    assert y.dtype == torch.bfloat16
+    grad = torch.randn_like(y)
+    y.backward(grad)
+    want.backward(grad.double())
+    for found, expected in [(y, want), *((a.grad, b.grad) for a, b in zip(fast, slow, strict=True))]:
+        assert (found - expected).norm() <= 5e-3 * expected.norm()
+
+
+def test_gelu_and_its_norm_beyond_32_bits():
+    from vlmoe.nn.kernels import gelu_layer_norm
+
+    x = torch.randn(1_000_000, 2304, device="cuda", dtype=torch.bfloat16).requires_grad_()
+    one = torch.ones(2304, device="cuda")
+    y = gelu_layer_norm(x, one, one, 1e-5)
+    y.backward(x.detach())
+    last = x.detach()[-9:].double().requires_grad_()
+    want = F.layer_norm(F.gelu(last), (2304,), one.double(), one.double(), 1e-5)
+    want.backward(last.detach())
+    assert (y[-9:] - want).norm() <= 5e-3 * want.norm()
+    assert (x.grad[-9:] - last.grad).norm() <= 5e-3 * last.grad.norm()
+
+
 @pytest.mark.parametrize(
     "rows, dim, E", [(262_144, 192, 32), (4099, 256, 32), (4097, 128, 7), (3000, 112, 33), (70, 64, 64), (1, 384, 64)]
 )

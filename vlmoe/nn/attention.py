@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from vlmoe.nn.multiway import Multiway, NormLinear
 
-
 Visible = Bool[Tensor, "#B 1 #S S"] | Float[Tensor, "#B 1 #S S"]
 
 

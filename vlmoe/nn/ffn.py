@@ -6,6 +6,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from vlmoe.nn.kernels import gelu_layer_norm
+
 Activation = Literal["gelu", "relu", "swiglu"]
 
 
@@ -31,6 +33,8 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
         hidden = self.fc1(x)
+        if self.activation == "gelu" and isinstance(self.norm, nn.LayerNorm):
+            return self.fc2(gelu_layer_norm(hidden, self.norm.weight, self.norm.bias, self.norm.eps))
         if self.fc_gate is not None:
             hidden = F.silu(self.fc_gate(x)) * hidden
         else:

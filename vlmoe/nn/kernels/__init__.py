@@ -1,4 +1,5 @@
-"""Triton kernels for sub-token experts: both products of an expert on chip, and routing in a few launches.
+"""Triton kernels for sub-token experts: both products of an expert on chip, routing in a few launches; and for the norm that
+Magneto puts behind GELU.
 
 Triton is imported with the first call: it is not there on every machine that the rest of vlmoe.nn runs on.
 Axes: `rows` with `top_k` slots each, `dim` of a row, `experts`, `hidden`.
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 LEAST_SHARED = 227 << 10  # bytes per block
+LONGEST_ROW = 8192  # of `gelu_layer_norm`, in registers
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton then runs kernels on the CPU, slowly
 
 
@@ -101,6 +103,18 @@ def count_slots(expert_ids: Int[Tensor, "rows top_k"], num_experts: int) -> Int[
         return torch.bincount(expert_ids.flatten(), minlength=num_experts)[:num_experts]
     counts = expert_ids.new_zeros(num_experts + 1)
     return counts.scatter_add(0, expert_ids.flatten(), torch.ones_like(expert_ids.flatten()))[:num_experts]
+
+
+def gelu_layer_norm(
+    x: Float[Tensor, "*batch dim"], weight: Float[Tensor, " dim"], bias: Float[Tensor, " dim"], eps: float
+) -> Float[Tensor, "*batch dim"]:
+    """`F.layer_norm(F.gelu(x), ...)`; for 16-bit x on a GPU in one kernel, in x's dtype also under autocast."""
+    dim = x.shape[-1]
+    if not (x.is_cuda and x.dtype.itemsize == 2 and HAS_TRITON and dim <= LONGEST_ROW):
+        return F.layer_norm(F.gelu(x), (dim,), weight, bias, eps)
+    from vlmoe.nn.kernels import norm_ops
+
+    return norm_ops.gelu_norm(x.reshape(-1, dim), weight, bias, eps)[0].view(x.shape)
 
 
 @torch.compiler.assume_constant_result
