@@ -251,8 +251,8 @@ BENCHES = {
         about="Whole optimiser steps (the task's loss, backward, clipping, fused AdamW) in bf16 of the recipe's model and its\n"
         "twins, on random input of its shapes that lies on the device: loading and the visual tokenizer are not timed, and\n"
         "drop path is off. Recorded steps are played from a CUDA graph (`cuda_graphs`). Tokens are patches, CLS and words;\n"
-        "padding does not count. MFU is the share of the card's dense bf16 peak that the model's FLOPs take. Parameters are in\n"
-        "millions; a token can touch the active ones.",
+        "padding does not count. MFU is the share of the card's dense bf16 peak that the model's FLOPs take. Parameters are\n"
+        "in millions; a token can touch the active ones.",
         versions=("torch", "cuda", "triton"),
         group=("recipe", "streams", "batch", "compiled", "recorded"),
         way="what",

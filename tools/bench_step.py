@@ -185,9 +185,9 @@ def _step_times(
 ) -> list[float]:
     """Milliseconds of each step after the warm-up; by device events, from the start of a step to that of the next."""
 
-    def update(batches: list[Batch], totals: dict[str, Tensor]) -> dict[str, Tensor]:
+    def update(micro_batches: list[Batch], totals: dict[str, Tensor]) -> dict[str, Tensor]:
         with torch.autocast(plan.device, torch.bfloat16):
-            loss = task.loss(model, batches[0].inputs, totals)
+            loss = task.loss(model, micro_batches[0].inputs, totals)
         loss.total.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip_norm or float("inf"))
         optimizer.step()

@@ -14,8 +14,8 @@ LAYER = (
     "fwd_bwd_vs_dense,memory_vs_dense\n"
 )
 STEP = (
-    "hardware,torch,cuda,triton,commit,recipe,what,compiled,backend,streams,batch,tokens,padded_tokens,step_ms,tokens_per_s,"
-    "mfu_percent,peak_memory_gib,params_m,active_params_m,tokens_per_second_vs_dense\n"
+    "hardware,torch,cuda,triton,commit,recipe,what,compiled,recorded,backend,streams,batch,tokens,padded_tokens,step_ms,"
+    "tokens_per_s,mfu_percent,peak_memory_gib,params_m,active_params_m,tokens_per_second_vs_dense\n"
 )
 
 
@@ -48,12 +48,12 @@ def test_the_newest_row_of_each_hardware_is_shown(tmp_path):
 
 
 def test_steps_without_a_dense_twin_or_a_known_peak(tmp_path):
-    row = "A,2.11,13.0,3.6,abc,base,mhmoe,True,triton,pairs+texts,128,900,1000,10.0,90000,,12.0,300.0,200.0,\n"
+    row = "A,2.11,13.0,3.6,abc,base,mhmoe,True,True,triton,pairs+texts,128,900,1000,10.0,90000,,12.0,300.0,200.0,\n"
     (tmp_path / "step.csv").write_text(STEP + row)
     text = bench_page.page(tmp_path)
     assert "| 90,000 |  |  | 12.0 | 300.0 | 200.0 |" in text
-    command = "python tools/bench.py step --recipe recipes/pretrain/base.yaml --streams all --batch 128 --models mhmoe"
-    assert command in text
+    command = "python tools/bench.py step --recipe recipes/pretrain/base.yaml --streams all --batch 128 --recorded"
+    assert f"{command} --models mhmoe" in text
     bench_page.draw(tmp_path)
     assert (tmp_path / "step.svg").is_file()
     assert set(bench_page.MODELS) == set(bench_step.MODELS)
