@@ -16,9 +16,7 @@ def gelu_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tens
     """layer_norm(GELU(x [rows, dim])) in x's dtype, and each row's mean and 1 / standard deviation in float32."""
     x, weight, bias = x.contiguous(), weight.contiguous(), bias.contiguous()
     y, means, scales = _new(x)
-    norm.gelu_norm[(_programs(x, 4),)](
-        x, weight, bias, y, means, scales, len(x), eps, DIM=x.shape[1], WIDTH=power_of_two(x.shape[1]), num_warps=8
-    )
+    norm.gelu_norm[(_programs(x, 8),)](x, weight, bias, y, means, scales, len(x), eps, **_constants(x))
     return y, means, scales
 
 
@@ -35,9 +33,7 @@ def gelu_norm_backward(
     dy, x, weight = dy.contiguous(), x.contiguous(), weight.contiguous()
     dx, programs = torch.empty_like(x), _programs(x, 2)
     parts = means.new_empty(programs, 2, x.shape[1])
-    norm.gelu_norm_gradients[(programs,)](
-        dy, x, weight, means, scales, dx, parts, len(x), DIM=x.shape[1], WIDTH=power_of_two(x.shape[1]), num_warps=16
-    )
+    norm.gelu_norm_gradients[(programs,)](dy, x, weight, means, scales, dx, parts, len(x), **_constants(x))
     dweight, dbias = parts.sum(0).to(weight.dtype).unbind()
     return dx, dweight.clone(), dbias.clone()
 
@@ -64,6 +60,11 @@ gelu_norm.register_autograd(_gradients, setup_context=_save)
 def _new(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     by_row = x.new_empty(x.shape[0], dtype=torch.float32)
     return x.new_empty(x.shape), by_row, torch.empty_like(by_row)
+
+
+def _constants(x: Tensor) -> dict[str, int]:
+    width = power_of_two(x.shape[1])
+    return {"DIM": x.shape[1], "WIDTH": width, "num_warps": max(4, width // 1024)}  # an H100's best at 3,072 columns
 
 
 def _programs(x: Tensor, per_processor: int) -> int:
