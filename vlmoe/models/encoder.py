@@ -135,8 +135,8 @@ class Encoder(nn.Module):
 
 
 def drop_paths(x: Float[Tensor, "B S d"], depth: int, last_rate: float) -> Float[Tensor, "depth 2 B 1 1"]:
-    """Stochastic depth (arXiv:1603.09382) of all layers, drawn at once: each sample skips both parts of layer i with its own
-    chance, i / (depth - 1) of `last_rate`; where it does not, a part is scaled up, so that its mean stays."""
+    """Stochastic depth (arXiv:1603.09382) of all layers, drawn at once: a sample skips each of the two parts of layer i
+    with chance i / (depth - 1) of `last_rate`; where it does not, the part is scaled up, so that its mean stays."""
     rates = torch.linspace(0, last_rate, depth, device=x.device)[:, None, None, None, None]
     kept = torch.rand(depth, 2, len(x), 1, 1, device=x.device) >= rates
     return torch.where(kept, 1 / (1 - rates), 0).to(x.dtype)
