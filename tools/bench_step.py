@@ -249,7 +249,7 @@ def _read_recipe(recipe: Path, name: str) -> PretrainConfig:
         raise SystemExit(str(error)) from None
     if not isinstance(config, PretrainConfig):
         raise SystemExit(f"{path} is no recipe of task pretrain")
-    config.model.drop_path = 0.0
     if not config.data.pairs.batch_size:
         raise SystemExit(f"{path}: data.pairs.batch_size is 0, and steps are timed on pairs")
+    config.model.drop_path = 0.0
     return config

@@ -42,7 +42,7 @@ class Attention(nn.Module):
 
 def as_bias(visible: Bool[Tensor, "#B 1 #S S"], dtype: torch.dtype) -> Float[Tensor, "#B 1 #S S"]:
     """0 where a row may attend to a column, else -inf. Rows begin at multiples of 16 bytes: with others cuDNN's forward takes
-    twice the time (torch makes such a bias of a mask)."""
+    twice the time (torch makes such a bias of a mask). They are never dense, so that compiled blocks meet one layout only."""
     bias = torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, -torch.inf)
     return F.pad(bias, (0, 16 - visible.shape[-1] % 8))[..., : visible.shape[-1]]
 

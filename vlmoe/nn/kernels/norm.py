@@ -1,7 +1,7 @@
 # type: ignore  # kernels are Triton's language, which checkers read as Python
 """GELU and the layer norm after it (Magneto's second one, in dense feed-forward layers), in one pass over rows each way.
 
-A compiler makes of them three passes forward and five backward where rows are longer than 1,024.
+Inductor goes through rows longer than 1,024 twice in each kernel, and sums the gradients of weight and bias in one more.
 Axes: `rows` of DIM columns (WIDTH, padded). Programs take every n-th row, so that weights are read once.
 """
 
