@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vlmoe.nn.attention import Attention, Visible, as_bias
 from vlmoe.nn.embed import TextEmbed, VisionEmbed
-from vlmoe.nn.multiway import Multiway, MultiwayFFN
+from vlmoe.nn.multiway import Multiway, MultiwayFFN, Parts, join
 from vlmoe.nn.router import Routing
 
 
@@ -43,17 +43,20 @@ class Block(nn.Module):
 
     def forward(
         self,
-        x: Float[Tensor, "B S d"],
-        num_vision: int,
-        visible: Visible | None,
-        is_padding: Bool[Tensor, "B S"] | None,
+        x: Parts,
+        visible: Visible | None = None,
+        is_padding: Bool[Tensor, "B S"] | None = None,
         drop_path: Float[Tensor, "2 B 1 1"] | None = None,
-    ) -> tuple[Float[Tensor, "B S d"], dict[str, Routing]]:
+    ) -> tuple[Parts, dict[str, Routing]]:
         """`drop_path`: what the outputs of attention and feed-forward are multiplied by; see `drop_paths`."""
-        y = self.attention(x, num_vision, visible)
-        x = x + (y if drop_path is None else y * drop_path[0])
-        y, routings = self.ffn(x, num_vision, is_padding)
-        return x + (y if drop_path is None else y * drop_path[1]), routings
+        attended = self.attention(x, visible)
+        x = {name: part + _scaled(attended[name], drop_path, 0) for name, part in x.items()}
+        y, routings = self.ffn(x, is_padding)
+        return {name: part + _scaled(y[name], drop_path, 1) for name, part in x.items()}, routings
+
+
+def _scaled(y: Tensor, drop_path: Tensor | None, part: int) -> Tensor:
+    return y if drop_path is None else y * drop_path[part]
 
 
 class Encoder(nn.Module):
@@ -107,31 +110,31 @@ class Encoder(nn.Module):
         Raises:
             ValueError: neither image nor text; an image or a text of a size that the position tables do not cover.
         """
-        parts: list[Tensor] = []
+        x: Parts = {}
         if image is not None:
-            parts.append(self.vision_embed(image, image_masked))
-        num_vision = parts[0].shape[1] if parts else 0
+            x["vision"] = self.vision_embed(image, image_masked)
+        num_vision = x["vision"].shape[1] if x else 0
         is_padding = None
         if text is not None:
-            parts.append(self.text_embed(text))
+            x["text"] = self.text_embed(text)
             if text_padding is not None:
                 is_padding = F.pad(text_padding, (num_vision, 0), value=False)
-        if not parts:
+        if not x:
             raise ValueError("the encoder needs an image, a text, or both")
-        x = torch.cat(parts, dim=1)
+        any_part = next(iter(x.values()))
         visible = _visible(is_padding, blocked)
-        if visible is not None and x.is_cuda:
-            autocast = torch.is_autocast_enabled(x.device.type)
-            visible = as_bias(visible, torch.get_autocast_dtype(x.device.type) if autocast else x.dtype)
+        if visible is not None and visible.is_cuda:
+            autocast = torch.is_autocast_enabled("cuda")
+            visible = as_bias(visible, torch.get_autocast_dtype("cuda") if autocast else any_part.dtype)
         routings: dict[str, Routing] = {}
-        drop_path = drop_paths(x, len(self.layers), self.drop_path) if self.training and self.drop_path else None
+        drop_path = drop_paths(any_part, len(self.layers), self.drop_path) if self.training and self.drop_path else None
         for index, layer in enumerate(self.layers):
-            x, used = layer(x, num_vision, visible, is_padding, None if drop_path is None else drop_path[index])
+            x, used = layer(x, visible, is_padding, None if drop_path is None else drop_path[index])
             for name, routing in used.items():
                 routings[f"layers.{index}" if name == "shared" else f"layers.{index}.{name}"] = routing
         if self.norm is not None:
-            x = self.norm(x, num_vision)
-        return EncoderOutput(x, routings, num_vision)
+            x = self.norm(x)
+        return EncoderOutput(join(x), routings, num_vision)
 
 
 def drop_paths(x: Float[Tensor, "B S d"], depth: int, last_rate: float) -> Float[Tensor, "depth 2 B 1 1"]:

@@ -116,9 +116,10 @@ class _Transformer(nn.Module):
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, x: Float[Tensor, "B P dim"]) -> Float[Tensor, "B P dim"]:
+        parts = {"vision": x}
         for layer in self.layers:
-            x, _ = layer(x, x.shape[1], None, None)
-        return self.norm(x)
+            parts, _ = layer(parts)
+        return self.norm(parts["vision"])
 
 
 class VisualTokenizer(nn.Module):

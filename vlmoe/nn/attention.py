@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from vlmoe.nn.multiway import Multiway, NormLinear
+from vlmoe.nn.multiway import Multiway, NormLinear, Parts, cut, join
 
 Visible = Bool[Tensor, "#B 1 #S S"] | Float[Tensor, "#B 1 #S S"]
 
@@ -31,13 +31,12 @@ class Attention(nn.Module):
         self.qkv = Multiway(lambda: NormLinear(dim, 3 * dim), copies=copies)  # rows: queries, keys, values
         self.out = Multiway(lambda: NormLinear(dim, dim), copies=copies)
 
-    def forward(self, x: Float[Tensor, "B S d"], num_vision: int, visible: Visible | None) -> Float[Tensor, "B S d"]:
+    def forward(self, x: Parts, visible: Visible | None) -> Parts:
         """`visible` is True where a row may attend to a column, or 0 where another is -inf; None: everywhere."""
-        q, k, v = split_heads(self.qkv(x, num_vision), self.attn_heads)
+        q, k, v = split_heads(join(self.qkv(x)), self.attn_heads)
         # On CPUs the fused kernel gains nothing at our lengths, and the plain form rounds as the released models do.
-        attend = plain_attention if x.device.type == "cpu" else F.scaled_dot_product_attention
-        y = attend(q, k, v, visible)
-        return self.out(y.transpose(1, 2).flatten(2), num_vision)
+        attend = plain_attention if q.device.type == "cpu" else F.scaled_dot_product_attention
+        return self.out(cut(attend(q, k, v, visible).transpose(1, 2).flatten(2), x))
 
 
 def as_bias(visible: Bool[Tensor, "#B 1 #S S"], dtype: torch.dtype) -> Float[Tensor, "#B 1 #S S"]:

@@ -1,7 +1,9 @@
 """Copies of a module per modality (BEiT-3's Multiway Transformer, arXiv:2208.10442, section 2.1).
 
-Axes: B samples, S positions of the packed sequence [vision CLS, patches | text], of which the first `num_vision` are
-vision, d width.
+A sequence goes through the layers in parts, one per modality: what passes a copy of its own is then one tensor, and nothing
+is cut out of a whole and put back. Where all positions meet (attention, a bank that both share) parts are joined.
+
+Axes: B samples, S positions of the packed sequence [vision CLS, patches | text], S_m those of a modality, d width.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 from vlmoe.nn.ffn import FeedForward
 from vlmoe.nn.router import Routing
 
+Parts = dict[str, Float[Tensor, "B S_m _"]]  # "vision" first, "text" behind it; or one of them
 PER_MODALITY = ("vision", "text")
 SHARED = ("shared",)
 
@@ -32,20 +35,31 @@ class Multiway(nn.Module):
         for name in copies:
             self.add_module(name, make())
 
-    def segments(self, num_vision: int, length: int) -> list[tuple[str, slice]]:
-        """Which copy takes which positions of a sequence, in order."""
-        is_pair = 0 < num_vision < length
-        if is_pair and "vl" in self.copies:
-            return [("vl", slice(None))]
+    def choose(self, x: Parts) -> list[tuple[str, Parts]]:
+        """Which copy takes which parts, in order."""
+        if len(x) == 2 and "vl" in self.copies:
+            return [("vl", x)]
         if "shared" in self.copies:
-            return [("shared", slice(None))]
-        if is_pair:
-            return [("vision", slice(0, num_vision)), ("text", slice(num_vision, None))]
-        return [("vision" if num_vision else "text", slice(None))]
+            return [("shared", x)]
+        return [(modality, {modality: part}) for modality, part in x.items()]
 
-    def forward(self, x: Float[Tensor, "B S _"], num_vision: int) -> Float[Tensor, "B S _"]:
-        parts = [self.get_submodule(name)(x[:, positions]) for name, positions in self.segments(num_vision, x.shape[1])]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+    def forward(self, x: Parts) -> Parts:
+        y: Parts = {}
+        for name, parts in self.choose(x):
+            y |= cut(self.get_submodule(name)(join(parts)), parts)
+        return y
+
+
+def join(parts: Parts) -> Float[Tensor, "B S _"]:
+    """The packed sequence."""
+    return next(iter(parts.values())) if len(parts) == 1 else torch.cat(list(parts.values()), dim=1)
+
+
+def cut(x: Float[Tensor, "B S _"], like: Parts) -> Parts:
+    """A packed sequence in parts as long as those of `like`."""
+    if len(like) == 1:
+        return dict.fromkeys(like, x)
+    return dict(zip(like, x.split([part.shape[1] for part in like.values()], dim=1), strict=True))
 
 
 class NormLinear(nn.Module):
@@ -77,19 +91,17 @@ class MultiwayFFN(nn.Module):
         self.norm = Multiway(lambda: nn.LayerNorm(dim, eps=1e-5), copies=norm_copies)
         self.ffn = Multiway(make, copies=copies)
 
-    def forward(
-        self, x: Float[Tensor, "B S d"], num_vision: int, is_padding: Bool[Tensor, "B S"] | None
-    ) -> tuple[Float[Tensor, "B S d"], dict[str, Routing]]:
-        """Returns the output (without the residual) and the routing of each copy that was used, by its name."""
-        x = self.norm(x, num_vision)
-        parts: list[Tensor] = []
+    def forward(self, x: Parts, is_padding: Bool[Tensor, "B S"] | None) -> tuple[Parts, dict[str, Routing]]:
+        """Returns the output (without the residual) and the routing of each copy that was used, by its name.
+        `is_padding` is that of the packed sequence; vision has none."""
+        y: Parts = {}
         routings: dict[str, Routing] = {}
-        for name, positions in self.ffn.segments(num_vision, x.shape[1]):
-            ffn = self.ffn.get_submodule(name)
+        for name, parts in self.ffn.choose(self.norm(x)):
+            ffn, rows = self.ffn.get_submodule(name), join(parts)
             if isinstance(ffn, FeedForward):
-                parts.append(ffn(x[:, positions]))
+                y |= cut(ffn(rows), parts)
                 continue
-            hidden = None if is_padding is None or name == "vision" else is_padding[:, positions]
-            y, routings[name] = ffn(x[:, positions], hidden)
-            parts.append(y)
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1), routings
+            hidden = None if is_padding is None or name == "vision" else is_padding[:, -rows.shape[1] :]
+            out, routings[name] = ffn(rows, hidden)
+            y |= cut(out, parts)
+        return y, routings

@@ -7,7 +7,7 @@ from vlmoe.nn.attention import Attention, as_bias, plain_attention
 from vlmoe.nn.embed import ConvStem, TextEmbed, VisionEmbed, project_patches, resize_positions
 from vlmoe.nn.ffn import FeedForward
 from vlmoe.nn.mhmoe import MHMoE
-from vlmoe.nn.multiway import PER_MODALITY, SHARED, Multiway, MultiwayFFN
+from vlmoe.nn.multiway import PER_MODALITY, SHARED, Multiway, MultiwayFFN, cut, join
 
 
 @pytest.mark.parametrize(
@@ -25,29 +25,40 @@ def test_each_position_passes_its_copy(copies, image_only, text_only, pair):
     for name, copy in module.named_children():
         nn.init.zeros_(copy.weight)
         nn.init.constant_(copy.bias, ord(letters[name]))
-    for num_vision, expected in ((5, image_only), (0, text_only), (2, pair)):
-        passed = module(torch.zeros(1, 5, 1), num_vision).flatten().int().tolist()
-        assert "".join(map(chr, passed)) == expected
+    for lengths, expected in (({"vision": 5}, image_only), ({"text": 5}, text_only), ({"vision": 2, "text": 3}, pair)):
+        given = {modality: torch.zeros(1, length, 1) for modality, length in lengths.items()}
+        passed = module(given)
+        assert {modality: part.shape[1] for modality, part in passed.items()} == lengths
+        assert "".join(map(chr, join(passed).flatten().int().tolist())) == expected
+
+
+def test_parts_are_the_sequence_cut():
+    x = {"vision": torch.randn(2, 4, 3), "text": torch.randn(2, 2, 3)}
+    whole = join(x)
+    torch.testing.assert_close(cut(whole, x), x)
+    assert whole.shape == (2, 6, 3) and torch.equal(whole[:, 4:], x["text"])
+    assert join({"text": whole}) is whole and cut(whole, {"text": whole})["text"] is whole
 
 
 def test_ffn_names_its_routings_and_hides_padding():
     def make():
         return MHMoE(dim=8, hidden_dim=8, num_experts=2, top_k=1, num_heads=2)
 
-    x, padding = torch.randn(3, 5, 8), torch.zeros(3, 5, dtype=torch.bool)
+    x = {"vision": torch.randn(3, 2, 8), "text": torch.randn(3, 3, 8)}
+    padding = torch.zeros(3, 5, dtype=torch.bool)
     padding[0, 4] = True
     ffn = MultiwayFFN(8, make, norm_copies=PER_MODALITY, copies=PER_MODALITY)
-    _, routings = ffn(x, 2, padding)
+    _, routings = ffn(x, padding)
     assert {name: len(each.logits) for name, each in routings.items()} == {"vision": 12, "text": 18}
     assert routings["vision"].is_padding is None and routings["text"].is_padding.sum() == 2
 
     bank = MultiwayFFN(8, make, norm_copies=PER_MODALITY, copies=SHARED)
-    _, routings = bank(x, 2, padding)
+    _, routings = bank(x, padding)
     assert {name: len(each.logits) for name, each in routings.items()} == {"shared": 30}
     assert routings["shared"].is_padding.sum() == 2
 
     dense = MultiwayFFN(8, lambda: FeedForward(8, 16), norm_copies=PER_MODALITY, copies=PER_MODALITY)
-    assert dense(x, 2, padding)[1] == {}
+    assert dense(x, padding)[1] == {}
 
 
 @pytest.mark.parametrize("activation", ["gelu", "relu", "swiglu"])
@@ -87,8 +98,8 @@ def test_attention_scores_are_joint_in_both_styles():
     state = shared.state_dict()
     copied = {k.replace("shared", m): v for k, v in state.items() for m in PER_MODALITY}
     decoupled.load_state_dict(copied)
-    x = torch.randn(2, 6, 8)
-    torch.testing.assert_close(decoupled(x, 4, None), shared(x, 4, None))
+    x = {"vision": torch.randn(2, 4, 8), "text": torch.randn(2, 2, 8)}
+    torch.testing.assert_close(decoupled(x, None), shared(x, None))
 
 
 def test_position_tables_are_resized_as_images():
