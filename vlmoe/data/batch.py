@@ -22,7 +22,8 @@ def collate(
     """Stack the samples of one stream; all have the same keys.
 
     - `text` (int64 ids [length]) is padded with `pad_id` to the longest, rounded up to a multiple of 8 but not above
-      `max_text_length`; `text_padding` [batch, length] comes with it, True where there is no token.
+      `max_text_length`; `text_padding` [batch, length] comes with it, True where there is no token, and `text_at`, the
+      `positions` where there is one, up to a multiple of twice the batch.
     - one-dimensional tensors named `text_*` are padded to the same length: bool with False, ids with `pad_id`.
     - pixels (uint8 [3, height, width]) are stacked as they lie in memory, colours last; `to_device` makes them float.
     - other tensors have one shape and are stacked; all else becomes a list.
@@ -42,6 +43,7 @@ def collate(
                 raise ValueError("collate needs the pad_id of the tokenizer for samples with text")
             batch["text"] = _pad(values, length, pad_id)
             batch["text_padding"] = ~_pad([torch.ones(len(ids), dtype=torch.bool) for ids in values], length, False)
+            batch["text_at"] = positions(~batch["text_padding"], multiple=2 * len(samples))
         elif name.startswith("text_") and first.ndim == 1:
             batch[name] = _pad(values, length, False if first.dtype == torch.bool else pad_id or 0)
         elif first.dtype == torch.uint8:
@@ -52,11 +54,11 @@ def collate(
     return batch | {f"{name}_at": positions(batch[name]) for name in masks}
 
 
-def positions(mask: Bool[Tensor, "batch length"]) -> Int[Tensor, " count"]:
-    """Where a mask is True, counted row by row over the whole batch; -1 fills up to a multiple of the number of rows, so that
-    batches seldom differ in their count."""
+def positions(mask: Bool[Tensor, "batch length"], multiple: int | None = None) -> Int[Tensor, " count"]:
+    """Where a mask is True, counted row by row over the whole batch; -1 fills up to a multiple of the number of rows (or of
+    another number), so that batches seldom differ in their count."""
     found = mask.flatten().nonzero()[:, 0]
-    return F.pad(found, (0, -len(found) % len(mask)), value=-1)
+    return F.pad(found, (0, -len(found) % (multiple or len(mask))), value=-1)
 
 
 def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from vlmoe.nn.attention import Attention, Visible, as_bias
 from vlmoe.nn.embed import TextEmbed, VisionEmbed
-from vlmoe.nn.multiway import Multiway, MultiwayFFN, Parts, join
+from vlmoe.nn.multiway import PER_MODALITY, Multiway, MultiwayFFN, Parts, join
+from vlmoe.nn.packing import Packing, packing
 from vlmoe.nn.router import Routing
 
 
@@ -46,17 +47,25 @@ class Block(nn.Module):
         x: Parts,
         visible: Visible | None = None,
         is_padding: Bool[Tensor, "B S"] | None = None,
-        drop_path: Float[Tensor, "2 B 1 1"] | None = None,
+        packed: Packing | None = None,
+        drop_path: Parts | None = None,
     ) -> tuple[Parts, dict[str, Routing]]:
-        """`drop_path`: what the outputs of attention and feed-forward are multiplied by; see `drop_paths`."""
-        attended = self.attention(x, visible)
-        x = {name: part + _scaled(attended[name], drop_path, 0) for name, part in x.items()}
+        """
+        Args:
+            x: the sequence; its text packed as `packed` says, where that is given.
+            visible: of all positions, packed or not; see `Attention`.
+            is_padding: True = no token; of the text as it comes.
+            drop_path: [2, B, 1, 1] for each part: what the outputs of attention and feed-forward are multiplied by.
+        """
+        x = _add(x, self.attention(x, visible, packed), drop_path, 0)
         y, routings = self.ffn(x, is_padding)
-        return {name: part + _scaled(y[name], drop_path, 1) for name, part in x.items()}, routings
+        return _add(x, y, drop_path, 1), routings
 
 
-def _scaled(y: Tensor, drop_path: Tensor | None, part: int) -> Tensor:
-    return y if drop_path is None else y * drop_path[part]
+def _add(x: Parts, y: Parts, drop_path: Parts | None, which: int) -> Parts:
+    return {
+        name: part + (y[name] if drop_path is None else y[name] * drop_path[name][which]) for name, part in x.items()
+    }
 
 
 class Encoder(nn.Module):
@@ -84,6 +93,8 @@ class Encoder(nn.Module):
         self.layers = nn.ModuleList(layers)
         self.norm = norm
         self.drop_path = drop_path
+        copies = {name for module in self.modules() if isinstance(module, Multiway) for name in module.copies}
+        self.can_pack = copies == set(PER_MODALITY)
 
     @property
     def dim(self) -> int:
@@ -95,6 +106,7 @@ class Encoder(nn.Module):
         text: Int[Tensor, "B L"] | None = None,
         *,
         text_padding: Bool[Tensor, "B L"] | None = None,
+        text_at: Int[Tensor, " N"] | None = None,
         image_masked: Bool[Tensor, "B P"] | None = None,
         blocked: Bool[Tensor, "*#B S S"] | None = None,
     ) -> EncoderOutput:
@@ -104,6 +116,8 @@ class Encoder(nn.Module):
             image: pixels in [-1, 1].
             text: token ids.
             text_padding: True = not a token: nothing attends to it, and no expert sees it.
+            text_at: where `text_padding` is False, as `collate` gives it: then padding passes nothing but the attention, where
+                no module is shared by both modalities. Routings of text are then those of the packed rows.
             image_masked: True = the patch is replaced by the mask token.
             blocked: True = the row's position may not attend to the column's.
 
@@ -114,7 +128,7 @@ class Encoder(nn.Module):
         if image is not None:
             x["vision"] = self.vision_embed(image, image_masked)
         num_vision = x["vision"].shape[1] if x else 0
-        is_padding = None
+        is_padding, packed = None, None
         if text is not None:
             x["text"] = self.text_embed(text)
             if text_padding is not None:
@@ -127,13 +141,21 @@ class Encoder(nn.Module):
             autocast = torch.is_autocast_enabled("cuda")
             visible = as_bias(visible, torch.get_autocast_dtype("cuda") if autocast else any_part.dtype)
         routings: dict[str, Routing] = {}
-        drop_path = drop_paths(any_part, len(self.layers), self.drop_path) if self.training and self.drop_path else None
+        drop_path: Parts = {}
+        if self.training and self.drop_path:
+            drop_path = dict.fromkeys(x, drop_paths(any_part, len(self.layers), self.drop_path))
+        if text_at is not None and text_padding is not None and self.can_pack:
+            packed = packing(text_at, text_padding)
+            is_padding, x["text"] = (packed.at < 0)[None], packed.pack(x["text"])
+            drop_path |= {name: packed.spread(factors) for name, factors in drop_path.items() if name == "text"}
         for index, layer in enumerate(self.layers):
-            x, used = layer(x, visible, is_padding, None if drop_path is None else drop_path[index])
+            x, used = layer(x, visible, is_padding, packed, {name: f[index] for name, f in drop_path.items()} or None)
             for name, routing in used.items():
                 routings[f"layers.{index}" if name == "shared" else f"layers.{index}.{name}"] = routing
         if self.norm is not None:
             x = self.norm(x)
+        if packed is not None:
+            x["text"] = packed.unpack(x["text"])
         return EncoderOutput(join(x), routings, num_vision)
 
 

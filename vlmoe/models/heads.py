@@ -62,6 +62,7 @@ class PretrainModel(nn.Module):
         text: Int[Tensor, "B L"] | None = None,
         *,
         text_padding: Bool[Tensor, "B L"] | None = None,
+        text_at: Int[Tensor, " N"] | None = None,
         image_masked: Bool[Tensor, "B P"] | None = None,
         text_masked: Bool[Tensor, "B L"] | None = None,
         image_masked_at: Int[Tensor, " masked_patches"] | None = None,
@@ -69,7 +70,7 @@ class PretrainModel(nn.Module):
     ) -> PretrainOutput:
         """`text` holds the mask id already; `text_masked` and `image_masked` (True = masked) say where to predict, and so does
         `*_masked_at`, where given: positions as of `vlmoe.data.batch.positions`, whose number no device is asked for."""
-        out = self.encoder(image, text, text_padding=text_padding, image_masked=image_masked)
+        out = self.encoder(image, text, text_padding=text_padding, text_at=text_at, image_masked=image_masked)
         text_states, patch_states = out.states[:, out.num_vision :], out.states[:, 1 : out.num_vision]
         text_logits, image_logits = None, None
         if text_masked is not None:

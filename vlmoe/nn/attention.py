@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from vlmoe.nn.multiway import Multiway, NormLinear, Parts, cut, join
+from vlmoe.nn.packing import Packing
 
 Visible = Bool[Tensor, "#B 1 #S S"] | Float[Tensor, "#B 1 #S S"]
 
@@ -31,12 +32,19 @@ class Attention(nn.Module):
         self.qkv = Multiway(lambda: NormLinear(dim, 3 * dim), copies=copies)  # rows: queries, keys, values
         self.out = Multiway(lambda: NormLinear(dim, dim), copies=copies)
 
-    def forward(self, x: Parts, visible: Visible | None) -> Parts:
-        """`visible` is True where a row may attend to a column, or 0 where another is -inf; None: everywhere."""
-        q, k, v = split_heads(join(self.qkv(x)), self.attn_heads)
+    def forward(self, x: Parts, visible: Visible | None, packing: Packing | None = None) -> Parts:
+        """`visible` is True where a row may attend to a column, or 0 where another is -inf; None: everywhere.
+        `packing`: how the text is packed."""
+        qkv = self.qkv(x)
+        if packing is not None:
+            qkv["text"] = packing.unpack(qkv["text"])
+        q, k, v = split_heads(join(qkv), self.attn_heads)
         # On CPUs the fused kernel gains nothing at our lengths, and the plain form rounds as the released models do.
         attend = plain_attention if q.device.type == "cpu" else F.scaled_dot_product_attention
-        return self.out(cut(attend(q, k, v, visible).transpose(1, 2).flatten(2), x))
+        y = cut(attend(q, k, v, visible).transpose(1, 2).flatten(2), qkv)
+        if packing is not None:
+            y["text"] = packing.pack(y["text"])
+        return self.out(y)
 
 
 def as_bias(visible: Bool[Tensor, "#B 1 #S S"], dtype: torch.dtype) -> Float[Tensor, "#B 1 #S S"]:

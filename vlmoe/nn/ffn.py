@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from vlmoe.nn.kernels import gelu_layer_norm
+from vlmoe.nn.kernels import linear_gelu_norm
 
 Activation = Literal["gelu", "relu", "swiglu"]
 
@@ -17,7 +17,8 @@ class FeedForward(nn.Module):
     Args:
         dim: d, of input and output.
         hidden_dim: f.
-        activation: exact (erf) GELU, ReLU, or SwiGLU, where silu(fc_gate x) multiplies fc1 x.
+        activation: exact (erf) GELU (on GPUs in 16 bits within 3e-4 of it), ReLU, or SwiGLU, where silu(fc_gate x)
+            multiplies fc1 x.
         sub_layernorm: False leaves the inner norm out.
     """
 
@@ -32,9 +33,9 @@ class FeedForward(nn.Module):
         self.fc2 = nn.Linear(hidden_dim, dim)
 
     def forward(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
-        hidden = self.fc1(x)
         if self.activation == "gelu" and isinstance(self.norm, nn.LayerNorm):
-            return self.fc2(gelu_layer_norm(hidden, self.norm.weight, self.norm.bias, self.norm.eps))
+            return self.fc2(linear_gelu_norm(x, self.fc1, self.norm))
+        hidden = self.fc1(x)
         if self.fc_gate is not None:
             hidden = F.silu(self.fc_gate(x)) * hidden
         else:

@@ -175,6 +175,7 @@ class Pretrain:
             part.get("image"),
             text,
             text_padding=part.get("text_padding"),
+            text_at=part.get("text_at"),
             image_masked=part.get("image_masked"),
             text_masked=part.get("text_masked"),
             image_masked_at=part.get("image_masked_at"),

@@ -20,8 +20,10 @@ def _sample(length):
 def test_text_is_padded_and_the_rest_is_stacked():
     batch = collate([_sample(3), _sample(5)], pad_id=1, max_text_length=20)
     assert list(batch) == [
-        "image", "text", "text_padding", "text_masked", "image_masked", "caption", "id", "text_masked_at", "image_masked_at"
+        "image", "text", "text_padding", "text_at", "text_masked", "image_masked", "caption", "id", "text_masked_at",
+        "image_masked_at",
     ]  # fmt: skip
+    assert batch["text_at"].tolist() == batch["text_masked_at"].tolist()
     assert batch["text_masked_at"].tolist() == [0, 1, 2, 8, 9, 10, 11, 12]
     assert batch["text"].tolist() == [[10, 11, 12, 1, 1, 1, 1, 1], [10, 11, 12, 13, 14, 1, 1, 1]]
     assert batch["text"].dtype == torch.int64
@@ -59,6 +61,7 @@ def test_positions_are_filled_up_to_a_multiple_of_the_batch():
     mask = torch.tensor([[False, True, True], [True, False, False], [False, False, True]])
     assert positions(mask).tolist() == [1, 2, 3, 8, -1, -1] and positions(mask).dtype == torch.int64
     assert positions(~mask[:, :1]).tolist() == [0, 2, -1]
+    assert positions(~mask[:, :1], multiple=4).tolist() == [0, 2, -1, -1]
 
 
 def test_text_needs_a_pad_id():

@@ -142,6 +142,35 @@ def test_every_parameter_learns(style, given):
     assert [name for name in silent if not name.endswith(experts)] == []
 
 
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("alone", [False, True])
+def test_packed_text_is_the_same_text(style, alone, given):
+    """States, gradients and loads, with paths dropped; where modules are shared, texts stay padded."""
+    padding, masked = given["text_padding"], torch.rand(3, LENGTH) < 0.5
+    inputs = given | {
+        "image": None if alone else given["image"],
+        "text_masked": masked,
+        "text_masked_at": positions(masked),
+    }
+    at = positions(~padding, multiple=6)
+    model = PretrainModel(build_encoder(dataclasses.replace(STYLES[style], drop_path=0.5), VOCAB), VOCAB, 12).double()
+    if not alone:
+        inputs["image"] = given["image"].double()
+    found = []
+    for text_at in (None, at):
+        torch.manual_seed(7)
+        out = model(**inputs, text_at=text_at)
+        real = torch.cat([torch.zeros(3, out.num_vision, dtype=torch.bool), padding], dim=1).logical_not()
+        states = out.states[real]
+        probe = torch.linspace(-1, 1, states.numel(), dtype=torch.float64).view_as(states)
+        gradients = torch.autograd.grad((states * probe).sum(), list(model.parameters()), allow_unused=True)
+        found.append((states, gradients, {name: each.load for name, each in out.routings.items()}))
+        rows = {len(each.logits) for name, each in out.routings.items() if name.endswith(".text")}
+        assert not rows or not model.encoder.can_pack or rows == {2 * (3 * LENGTH if text_at is None else len(at))}
+    torch.testing.assert_close(*found)
+    assert model.encoder.can_pack == (style in ("dense", "mhmoe"))
+
+
 def test_drop_path_skips_parts_of_samples_and_keeps_the_mean():
     x, depth = torch.ones(4000, 1, 1), 5
     factors = drop_paths(x, depth, 0.4)

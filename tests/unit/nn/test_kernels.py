@@ -164,16 +164,16 @@ def test_routing_is_top_k_and_a_stable_sort(rows: int, E: int, top_k: int) -> No
 
 @interpreted
 @pytest.mark.parametrize("rows, dim", [(37, 48), (3, 200), (0, 16)])
-def test_gelu_and_its_norm(rows: int, dim: int) -> None:
+def test_bias_gelu_and_norm(rows: int, dim: int) -> None:
     from vlmoe.nn.kernels import norm_ops
 
     torch.manual_seed(rows)
-    inputs = torch.randn(rows, dim).half(), torch.randn(dim), torch.randn(dim)
+    inputs = torch.randn(rows, dim).half(), torch.randn(dim), torch.randn(dim), torch.randn(dim)
     grad = torch.randn(rows, dim).half()
     fast = [each.clone().requires_grad_() for each in inputs]
     slow = [each.double().requires_grad_() for each in inputs]
     y = norm_ops.gelu_norm(*fast, 1e-5)[0]
-    want = F.layer_norm(F.gelu(slow[0]), (dim,), *slow[1:], 1e-5)
+    want = F.layer_norm(F.gelu(slow[0] + slow[1]), (dim,), *slow[2:], 1e-5)
     y.backward(grad)
     want.backward(grad.double())
     for found, expected in [(y, want), *((a.grad, b.grad) for a, b in zip(fast, slow, strict=True))]:
@@ -240,8 +240,8 @@ def test_what_a_compiler_expects_of_each_operator_is_what_it_returns(dtype: torc
     probs, ids = check(ops.top_k_softmax, logits, 2)
     check(ops.top_k_softmax_backward, logits, ids, torch.randn(2, 20).t())
     check(ops.count_slots, ids.t(), 3)
-    y, means, scales = check(norm_ops.gelu_norm, x, gate[0], gate.t()[:, 0], 1e-5)
-    check(norm_ops.gelu_norm_backward, y.t().contiguous().t(), x, gate[0], means, scales)
+    y, means, scales = check(norm_ops.gelu_norm, x, gate[0], gate[1], gate.t()[:, 0], 1e-5)
+    check(norm_ops.gelu_norm_backward, y.t().contiguous().t(), x, gate[0], gate[1], means, scales)
     order, ends = check(ops.order_slots, ids, 3)
     bank = [torch.randn(3, 16, 32).half(), torch.randn(3, 32, 16).half(), torch.randn(3, 16).half()]
     bank += [torch.randn(3, 32).half(), torch.randn(3, 16, 32).half(), torch.randn(3, 16).half()]

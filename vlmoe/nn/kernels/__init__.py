@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from vlmoe.nn.experts import ExpertWeights
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 LEAST_SHARED = 227 << 10  # bytes per block
-LONGEST_ROW = 8192  # of `gelu_layer_norm`, in registers
+LONGEST_ROW = 8192  # of `linear_gelu_norm`, in registers
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton then runs kernels on the CPU, slowly
 
 
@@ -105,16 +105,21 @@ def count_slots(expert_ids: Int[Tensor, "rows top_k"], num_experts: int) -> Int[
     return counts.scatter_add(0, expert_ids.flatten(), torch.ones_like(expert_ids.flatten()))[:num_experts]
 
 
-def gelu_layer_norm(
-    x: Float[Tensor, "*batch dim"], weight: Float[Tensor, " dim"], bias: Float[Tensor, " dim"], eps: float
+def linear_gelu_norm(
+    x: Float[Tensor, "*batch in_dim"], linear: nn.Linear, norm: nn.LayerNorm
 ) -> Float[Tensor, "*batch dim"]:
-    """`F.layer_norm(F.gelu(x), ...)`; for 16-bit x on a GPU in one kernel, in x's dtype also under autocast."""
-    dim = x.shape[-1]
-    if not (x.is_cuda and x.dtype.itemsize == 2 and HAS_TRITON and dim <= LONGEST_ROW):
-        return F.layer_norm(F.gelu(x), (dim,), weight, bias, eps)
+    """norm(GELU(linear(x))). On a GPU in 16 bits all behind the product is one kernel, which leaves 16 bits also under
+    autocast, and whose GELU is within 3e-4 of the exact one."""
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    dim, fits = linear.out_features, linear.out_features <= LONGEST_ROW and HAS_TRITON
+    if not (x.is_cuda and dtype.itemsize == 2 and fits and linear.bias is not None):
+        return norm(F.gelu(linear(x)))
     from vlmoe.nn.kernels import norm_ops
 
-    return norm_ops.gelu_norm(x.reshape(-1, dim), weight, bias, eps)[0].view(x.shape)
+    hidden = F.linear(x, linear.weight)
+    y, _, _ = norm_ops.gelu_norm(hidden.reshape(-1, dim), linear.bias, norm.weight, norm.bias, norm.eps)
+    return y.view(hidden.shape)
 
 
 @torch.compiler.assume_constant_result
