@@ -10,6 +10,7 @@ from torch import nn
 from vlmoe.config import FFNConfig, ModelConfig
 from vlmoe.errors import UserError
 from vlmoe.models.encoder import Block, Encoder
+from vlmoe.models.heads import SummedCrossEntropy
 from vlmoe.nn.attention import Attention
 from vlmoe.nn.budget import dense_cost, flops_parity_hidden_dim
 from vlmoe.nn.embed import ConvStem, TextEmbed, VisionEmbed
@@ -154,7 +155,7 @@ def init_weights(encoder: Encoder) -> None:
 
 
 def compile_blocks(model: nn.Module) -> None:
-    """Compile each block, and a stem of convolutions, in place; parameters keep their names.
+    """Compile each block, a stem of convolutions and the loss over classes, in place; parameters keep their names.
 
     Block by block, for equal ones of all layers are compiled once. Streams differ in what they pass (image, text, both) and
     text in length, so blocks need more variants than torch allows by itself before it gives up compiling. Two steps of
@@ -169,7 +170,7 @@ def compile_blocks(model: nn.Module) -> None:
         torch._inductor.config.triton.mix_order_reduction = False
     torch._dynamo.config.recompile_limit = max(RECOMPILE_LIMIT, torch._dynamo.config.recompile_limit)
     for module in model.modules():
-        if isinstance(module, (Block, ConvStem)):
+        if isinstance(module, (Block, ConvStem, SummedCrossEntropy)):
             module.compile()
 
 

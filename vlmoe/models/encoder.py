@@ -23,15 +23,24 @@ class EncoderOutput:
     """What the encoder says.
 
     Attributes:
-        states: of the last layer, [B, S, d]; those at padding carry no meaning.
+        parts: states of the last layer by modality, "vision" [B, 1 + P, d] and "text" [B, L, d]; those at padding carry no
+            meaning.
         routings: of the sparse layers that this input passed, named "layers.1.vision", "layers.1.text", "layers.1.vl",
             or "layers.1" for a bank that both modalities share.
-        num_vision: positions of [vision CLS, patches], which come first; 0 without an image.
     """
 
-    states: Float[Tensor, "B S d"]
+    parts: Parts
     routings: dict[str, Routing]
-    num_vision: int
+
+    @property
+    def states(self) -> Float[Tensor, "B S d"]:
+        """Of the packed sequence."""
+        return join(self.parts)
+
+    @property
+    def num_vision(self) -> int:
+        """Positions of [vision CLS, patches], which come first; 0 without an image."""
+        return self.parts["vision"].shape[1] if "vision" in self.parts else 0
 
 
 class Block(nn.Module):
@@ -156,7 +165,7 @@ class Encoder(nn.Module):
             x = self.norm(x)
         if packed is not None:
             x["text"] = packed.unpack(x["text"])
-        return EncoderOutput(join(x), routings, num_vision)
+        return EncoderOutput(x, routings)
 
 
 def drop_paths(x: Float[Tensor, "B S d"], depth: int, last_rate: float) -> Float[Tensor, "depth 2 B 1 1"]:

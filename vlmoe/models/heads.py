@@ -13,17 +13,14 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from vlmoe.models.encoder import Encoder
+from vlmoe.models.encoder import Encoder, EncoderOutput
 from vlmoe.nn.router import Routing
 
 
 @dataclass(frozen=True)
-class PretrainOutput:
+class PretrainOutput(EncoderOutput):
     """An encoder's output, with the predictions at masked positions in row-major order (None: nothing was masked)."""
 
-    states: Float[Tensor, "B S d"]
-    routings: dict[str, Routing]
-    num_vision: int
     text_logits: Float[Tensor, "masked_text vocab"] | None
     image_logits: Float[Tensor, "masked_patches codes"] | None
 
@@ -55,6 +52,7 @@ class PretrainModel(nn.Module):
         self.encoder = encoder
         self.mlm_head = _linear(encoder.dim, vocab_size)
         self.mim_head = _linear(encoder.dim, num_codes)
+        self.loss = SummedCrossEntropy()
 
     def forward(
         self,
@@ -71,13 +69,20 @@ class PretrainModel(nn.Module):
         """`text` holds the mask id already; `text_masked` and `image_masked` (True = masked) say where to predict, and so does
         `*_masked_at`, where given: positions as of `vlmoe.data.batch.positions`, whose number no device is asked for."""
         out = self.encoder(image, text, text_padding=text_padding, text_at=text_at, image_masked=image_masked)
-        text_states, patch_states = out.states[:, out.num_vision :], out.states[:, 1 : out.num_vision]
         text_logits, image_logits = None, None
         if text_masked is not None:
-            text_logits = self.mlm_head(states_at(text_states, text_masked, text_masked_at))
+            text_logits = self.mlm_head(states_at(out.parts["text"], text_masked, text_masked_at))
         if image_masked is not None:
-            image_logits = self.mim_head(states_at(patch_states, image_masked, image_masked_at))
-        return PretrainOutput(out.states, out.routings, out.num_vision, text_logits, image_logits)
+            image_logits = self.mim_head(states_at(out.parts["vision"][:, 1:], image_masked, image_masked_at))
+        return PretrainOutput(out.parts, out.routings, text_logits, image_logits)
+
+
+class SummedCrossEntropy(nn.Module):
+    """In float32, over the rows whose target is not -100. A module, so that it can be compiled: the float32 copy of the logits
+    is then never written."""
+
+    def forward(self, logits: Float[Tensor, "rows classes"], targets: Int[Tensor, " rows"]) -> Float[Tensor, ""]:
+        return F.cross_entropy(logits.float(), targets, reduction="sum")
 
 
 class Pooler(nn.Module):
@@ -114,7 +119,7 @@ class VQAModel(nn.Module):
         text_masked: None = None,
     ) -> TaskOutput:
         out = self.encoder(image, text, text_padding=text_padding)
-        return TaskOutput(self.head(self.pooler(out.states[:, 0])), out.routings)
+        return TaskOutput(self.head(self.pooler(out.parts["vision"][:, 0])), out.routings)
 
 
 class NLVR2Head(nn.Module):
@@ -150,7 +155,7 @@ class NLVR2Model(nn.Module):
     ) -> TaskOutput:
         padding = None if text_padding is None else text_padding.repeat(2, 1)
         out = self.encoder(torch.cat([image, image_b]), text.repeat(2, 1), text_padding=padding)
-        pooled = torch.cat([out.states[:, 0], out.states[:, out.num_vision]], dim=-1)
+        pooled = torch.cat([out.parts["vision"][:, 0], out.parts["text"][:, 0]], dim=-1)
         return TaskOutput(self.head(torch.cat(pooled.chunk(2), dim=-1)), out.routings)
 
 
@@ -177,11 +182,11 @@ class RetrievalModel(nn.Module):
         image_embedding, text_embedding, routings = None, None, {}
         if image is not None:
             out = self.encoder(image)
-            image_embedding = F.normalize(self.vision_head(out.states[:, 0]), dim=-1)
+            image_embedding = F.normalize(self.vision_head(out.parts["vision"][:, 0]), dim=-1)
             routings.update({f"image.{name}": routing for name, routing in out.routings.items()})
         if text is not None:
             out = self.encoder(text=text, text_padding=text_padding)
-            text_embedding = F.normalize(self.language_head(out.states[:, 0]), dim=-1)
+            text_embedding = F.normalize(self.language_head(out.parts["text"][:, 0]), dim=-1)
             routings.update({f"text.{name}": routing for name, routing in out.routings.items()})
         return RetrievalOutput(image_embedding, text_embedding, self.logit_scale.exp(), routings)
 
@@ -208,7 +213,7 @@ class CaptioningModel(nn.Module):
         num_vision = 1 + self.encoder.vision_embed.num_patches
         blocked = prefix_lm_blocked(num_vision, text.shape[1], device=text.device)
         out = self.encoder(image, text, text_padding=text_padding, blocked=blocked)
-        states = states_at(out.states[:, num_vision:], text_masked, text_masked_at)
+        states = states_at(out.parts["text"], text_masked, text_masked_at)
         return TaskOutput(self.mlm_head(states), out.routings)
 
 
@@ -231,7 +236,7 @@ class ClassificationModel(nn.Module):
         text_masked: None = None,
     ) -> TaskOutput:
         out = self.encoder(image)
-        return TaskOutput(self.head(self.fc_norm(out.states[:, 1:].mean(1))), out.routings)
+        return TaskOutput(self.head(self.fc_norm(out.parts["vision"][:, 1:].mean(1))), out.routings)
 
 
 def states_at(

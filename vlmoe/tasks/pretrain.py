@@ -107,13 +107,14 @@ class Pretrain:
         return {**masked, "micro_batches": 1}
 
     def loss(self, model: nn.Module, inputs: Inputs, num_targets: Totals) -> TaskLoss:
+        assert isinstance(model, PretrainModel)
         total, metrics = torch.zeros((), device=next(model.parameters()).device), {}
         routings: dict[str, list[Routing]] = defaultdict(list)
         for stream, part in inputs.items():
             out = self._forward(model, part)
             for what, (logits, targets) in self._predictions(out, part).items():
                 term = f"{stream}_{what}"
-                loss = F.cross_entropy(logits.float(), targets, reduction="sum") / num_targets[term]
+                loss = model.loss(logits, targets) / num_targets[term]
                 total = total + getattr(self.config.data, stream).weight * loss
                 metrics[term] = loss.detach()
             for layer, routing in out.routings.items():
