@@ -1,8 +1,9 @@
 """Heads over an encoder: masked pretraining, and the tasks of the released fine-tuning models.
 
 Axes: B samples (T texts in retrieval), P patches, L text positions, S positions of the packed sequence, d width.
-Every task model is called in one way, `model(image=, text=, text_padding=, image_b=, text_masked=)`; what its task has
-no use for stays None. Heads have the module names of the released checkpoints, and the layer norm eps (1e-5) of those.
+Every task model is called in one way, `model(image=, text=, text_padding=, text_at=, image_b=, text_masked=)`; what its task
+has no use for stays None, and `text_at` packs the texts (see `Encoder`). Heads have the module names of the released
+checkpoints, and the layer norm eps (1e-5) of those.
 """
 
 import math
@@ -115,10 +116,11 @@ class VQAModel(nn.Module):
         text: Int[Tensor, "B L"],
         *,
         text_padding: Bool[Tensor, "B L"] | None = None,
+        text_at: Int[Tensor, " N"] | None = None,
         image_b: None = None,
         text_masked: None = None,
     ) -> TaskOutput:
-        out = self.encoder(image, text, text_padding=text_padding)
+        out = self.encoder(image, text, text_padding=text_padding, text_at=text_at)
         return TaskOutput(self.head(self.pooler(out.parts["vision"][:, 0])), out.routings)
 
 
@@ -151,10 +153,12 @@ class NLVR2Model(nn.Module):
         *,
         image_b: Float[Tensor, "B 3 H W"],
         text_padding: Bool[Tensor, "B L"] | None = None,
+        text_at: Int[Tensor, " N"] | None = None,
         text_masked: None = None,
     ) -> TaskOutput:
         padding = None if text_padding is None else text_padding.repeat(2, 1)
-        out = self.encoder(torch.cat([image, image_b]), text.repeat(2, 1), text_padding=padding)
+        at = None if text_at is None else torch.cat([text_at, torch.where(text_at < 0, -1, text_at + text.numel())])
+        out = self.encoder(torch.cat([image, image_b]), text.repeat(2, 1), text_padding=padding, text_at=at)
         pooled = torch.cat([out.parts["vision"][:, 0], out.parts["text"][:, 0]], dim=-1)
         return TaskOutput(self.head(torch.cat(pooled.chunk(2), dim=-1)), out.routings)
 
@@ -175,6 +179,7 @@ class RetrievalModel(nn.Module):
         text: Int[Tensor, "T L"] | None = None,
         *,
         text_padding: Bool[Tensor, "T L"] | None = None,
+        text_at: Int[Tensor, " N"] | None = None,
         image_b: None = None,
         text_masked: None = None,
     ) -> RetrievalOutput:
@@ -185,7 +190,7 @@ class RetrievalModel(nn.Module):
             image_embedding = F.normalize(self.vision_head(out.parts["vision"][:, 0]), dim=-1)
             routings.update({f"image.{name}": routing for name, routing in out.routings.items()})
         if text is not None:
-            out = self.encoder(text=text, text_padding=text_padding)
+            out = self.encoder(text=text, text_padding=text_padding, text_at=text_at)
             text_embedding = F.normalize(self.language_head(out.parts["text"][:, 0]), dim=-1)
             routings.update({f"text.{name}": routing for name, routing in out.routings.items()})
         return RetrievalOutput(image_embedding, text_embedding, self.logit_scale.exp(), routings)
@@ -206,13 +211,14 @@ class CaptioningModel(nn.Module):
         *,
         text_masked: Bool[Tensor, "B L"],
         text_padding: Bool[Tensor, "B L"] | None = None,
+        text_at: Int[Tensor, " N"] | None = None,
         image_b: None = None,
         text_masked_at: Int[Tensor, " masked"] | None = None,
     ) -> TaskOutput:
         """Logits [masked, vocab] at the positions of `text_masked` in row-major order, or at those of `text_masked_at`."""
         num_vision = 1 + self.encoder.vision_embed.num_patches
         blocked = prefix_lm_blocked(num_vision, text.shape[1], device=text.device)
-        out = self.encoder(image, text, text_padding=text_padding, blocked=blocked)
+        out = self.encoder(image, text, text_padding=text_padding, text_at=text_at, blocked=blocked)
         states = states_at(out.parts["text"], text_masked, text_masked_at)
         return TaskOutput(self.mlm_head(states), out.routings)
 
@@ -232,6 +238,7 @@ class ClassificationModel(nn.Module):
         text: None = None,
         *,
         text_padding: None = None,
+        text_at: None = None,
         image_b: None = None,
         text_masked: None = None,
     ) -> TaskOutput:

@@ -31,9 +31,11 @@ class Packing(NamedTuple):
 
 
 def packing(text_at: Int[Tensor, " N"], text_padding: Bool[Tensor, "B L"]) -> Packing:
-    """`text_at`: the places that are no padding, in order, then fillers (-1); `collate` makes it."""
-    is_token = ~text_padding.flatten()
-    return Packing(text_at, torch.where(is_token, is_token.cumsum(0) - 1, -1).view_as(text_padding))
+    """`text_at`: the places that are no padding, and fillers (-1); `collate` makes it."""
+    places = text_padding.numel()
+    rows = text_at.new_full((places + 1,), -1)  # fillers write to a place behind the last one
+    rows[torch.where(text_at < 0, places, text_at)] = torch.arange(len(text_at), device=text_at.device)
+    return Packing(text_at, rows[:places].view_as(text_padding))
 
 
 class _Take(torch.autograd.Function):

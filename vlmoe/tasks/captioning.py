@@ -93,8 +93,8 @@ class Captioning:
         """Cross-entropy with the released code's label smoothing, which spreads it over the *other* words."""
         part = inputs["examples"]
         out = model(
-            part["image"], part["text"], text_padding=part["text_padding"], text_masked=part["text_masked"],
-            text_masked_at=part["text_masked_at"],
+            part["image"], part["text"], text_padding=part["text_padding"], text_at=part["text_at"],
+            text_masked=part["text_masked"], text_masked_at=part["text_masked_at"],
         )  # fmt: skip
         targets, vocab_size = targets_at(part["text_target"], part["text_masked_at"]), out.logits.shape[1]
         smoothing = self.config.label_smoothing * vocab_size / (vocab_size - 1)

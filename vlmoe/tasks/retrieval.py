@@ -87,7 +87,7 @@ class Retrieval:
 
     def loss(self, model: nn.Module, inputs: Inputs, num_targets: Totals) -> TaskLoss:
         part = inputs["examples"]
-        out = model(part["image"], part["text"], text_padding=part["text_padding"])
+        out = model(part["image"], part["text"], text_padding=part["text_padding"], text_at=part["text_at"])
         contrast = contrastive_loss(out.image_embedding, out.text_embedding, out.logit_scale, part["image_key"])
         contrast = contrast / num_targets["pairs"]
         auxiliary, terms = finetune.auxiliary_loss(out.routings, self.config, num_targets["micro_batches"])

@@ -113,7 +113,7 @@ class VQA:
 
     def loss(self, model: nn.Module, inputs: Inputs, num_targets: Totals) -> TaskLoss:
         part = inputs["examples"]
-        out = model(part["image"], part["text"], text_padding=part["text_padding"])
+        out = model(part["image"], part["text"], text_padding=part["text_padding"], text_at=part["text_at"])
         loss = LOSSES[self.config.loss](out.logits.float(), part["targets"]) / num_targets["questions"]
         auxiliary, metrics = finetune.auxiliary_loss(out.routings, self.config, num_targets["micro_batches"])
         return TaskLoss(loss + auxiliary, {"answers": loss.detach(), **metrics})

@@ -9,7 +9,16 @@ import torch
 from vlmoe.config import FFNConfig, ModelConfig
 from vlmoe.data.batch import positions
 from vlmoe.errors import UserError
-from vlmoe.models import PretrainModel, RetrievalModel, build_encoder, layer_ids, no_weight_decay
+from vlmoe.models import (
+    CaptioningModel,
+    NLVR2Model,
+    PretrainModel,
+    RetrievalModel,
+    VQAModel,
+    build_encoder,
+    layer_ids,
+    no_weight_decay,
+)
 from vlmoe.models.build import expert_dim
 from vlmoe.models.encoder import drop_paths
 from vlmoe.models.heads import prefix_lm_blocked
@@ -169,6 +178,28 @@ def test_packed_text_is_the_same_text(style, alone, given):
         assert not rows or not model.encoder.can_pack or rows == {2 * (3 * LENGTH if text_at is None else len(at))}
     torch.testing.assert_close(*found)
     assert model.encoder.can_pack == (style in ("dense", "mhmoe"))
+
+
+def test_task_models_pack_their_texts(given):
+    """The same logits and embeddings; the rows of routings say that less passed the experts of text."""
+    image, text, padding = given.values()
+    masked = (torch.rand(3, LENGTH) < 0.5) & ~padding
+    models = {
+        VQAModel(build("mhmoe"), 7): {},
+        NLVR2Model(build("mhmoe")): {"image_b": image.flip(0)},
+        CaptioningModel(build("mhmoe"), VOCAB): {"text_masked": masked, "text_masked_at": positions(masked)},
+        RetrievalModel(build("mhmoe"), 6): {},
+    }
+    at = positions(~padding, multiple=6)
+    for model, extra in models.items():
+        padded, packed = (model.eval()(image, text, text_padding=padding, text_at=each, **extra) for each in (None, at))
+        for name in ("logits", "image_embedding", "text_embedding"):
+            torch.testing.assert_close(getattr(packed, name, None), getattr(padded, name, None))
+        rows = [sum(len(each.logits) for each in out.routings.values()) for out in (padded, packed)]
+        passes = 2 if "image_b" in extra else 1
+        assert rows[0] - rows[1] == 2 * passes * (3 * LENGTH - len(at))
+        loads = ([each.load for each in out.routings.values()] for out in (padded, packed))
+        torch.testing.assert_close(*loads)
 
 
 def test_drop_path_skips_parts_of_samples_and_keeps_the_mean():

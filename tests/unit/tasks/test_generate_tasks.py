@@ -189,6 +189,7 @@ def test_label_smoothing_is_the_released_codes(recipe):
     part = {k: v[None] for k, v in task.prepare(sample, "examples", np.random.default_rng(0), True).items()}
     part["text_padding"] = torch.zeros_like(part["text"], dtype=torch.bool)
     part["text_masked_at"] = positions(part["text_masked"])
+    part["text_at"] = positions(~part["text_padding"])
     part["image"] = to_float(part["image"])
     targets = task.num_targets({"examples": part})
     loss = task.loss(model, {"examples": part}, targets).metrics["words"]
