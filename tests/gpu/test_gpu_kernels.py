@@ -235,7 +235,7 @@ def test_linear_gelu_and_norm(rows, dim, compiled):
     want.backward(grad.double())
     wrt = [(fast, slow), *zip(*([p for module in twin for p in module.parameters()] for twin in twins), strict=True)]
     for found, expected in [(y, want), *((a.grad, b.grad) for a, b in wrt)]:
-        assert (found - expected).norm() <= 1e-2 * expected.norm()
+        assert (found - expected).norm() <= 5e-3 * expected.norm()
 
 
 def test_gelu_and_its_norm_beyond_32_bits():
@@ -250,3 +250,28 @@ def test_gelu_and_its_norm_beyond_32_bits():
     want.backward(last.detach())
     assert (y[-9:] - want).norm() <= 5e-3 * want.norm()
     assert (x.grad[-9:] - last.grad).norm() <= 5e-3 * last.grad.norm()
+
+
+@pytest.mark.parametrize(
+    "rows, dim, E", [(262_144, 192, 32), (4099, 256, 32), (4097, 128, 7), (3000, 112, 33), (70, 64, 64), (1, 384, 64)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gate_is_a_product_in_float32(rows, dim, E, dtype):
+    from vlmoe.nn.kernels import gate_logits
+
+    x = torch.randn(rows, dim, device="cuda").bfloat16()
+    weight = (torch.randn(E, dim, device="cuda") * 0.02).to(dtype)
+    grad = torch.randn(rows, E, device="cuda")
+    fast = [t.clone().requires_grad_() for t in (x, weight)]
+    slow = [t.double().requires_grad_() for t in (x, weight)]
+    logits, want = gate_logits(*fast), F.linear(*slow)
+    logits.backward(grad)
+    want.backward(grad.double())
+    assert logits.dtype == torch.float32
+    assert error(logits, want) <= 1e-6
+    top = want.sort(descending=True).values
+    settled = top[:, 1] - top[:, 2] > 1e-5  # the others are decided by rounding
+    assert torch.equal(logits.topk(2).indices[settled].sort().values, want.topk(2).indices[settled].sort().values)
+    for ours, right in zip(fast, slow, strict=True):
+        assert ours.grad.dtype == ours.dtype
+        assert error(ours.grad, right.grad) <= 1.01 * error(right.grad.to(ours.dtype), right.grad) + 2e-5
