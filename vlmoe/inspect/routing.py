@@ -28,11 +28,11 @@ class PlacedRouting:
 
 def place_routings(out: EncoderOutput, batch_size: int) -> list[PlacedRouting]:
     """Give the flat rows of each routing their positions back."""
-    length = out.states.shape[1]
+    lengths = {modality: part.shape[1] for modality, part in out.parts.items()}
     placed = []
     for name, routing in out.routings.items():
         is_text = name.endswith(".text")
-        positions = {"vision": out.num_vision, "text": length - out.num_vision}.get(name.rsplit(".", 1)[1], length)
+        positions = lengths.get(name.rsplit(".", 1)[1], sum(lengths.values()))
         ids = routing.expert_ids if routing.kept is None else torch.where(routing.kept, routing.expert_ids, -1)
         placed.append(
             PlacedRouting(

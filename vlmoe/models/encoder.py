@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from vlmoe.nn.attention import Attention, Visible, as_bias
 from vlmoe.nn.embed import TextEmbed, VisionEmbed
+from vlmoe.nn.kernels import product_dtype
 from vlmoe.nn.multiway import PER_MODALITY, Multiway, MultiwayFFN, Parts, join
 from vlmoe.nn.packing import Packing, packing
 from vlmoe.nn.router import Routing
@@ -147,8 +148,7 @@ class Encoder(nn.Module):
         any_part = next(iter(x.values()))
         visible = _visible(is_padding, blocked)
         if visible is not None and visible.is_cuda:
-            autocast = torch.is_autocast_enabled("cuda")
-            visible = as_bias(visible, torch.get_autocast_dtype("cuda") if autocast else any_part.dtype)
+            visible = as_bias(visible, product_dtype(any_part))
         routings: dict[str, Routing] = {}
         drop_path: Parts = {}
         if self.training and self.drop_path:
@@ -156,7 +156,8 @@ class Encoder(nn.Module):
         if text_at is not None and text_padding is not None and self.can_pack:
             packed = packing(text_at, text_padding)
             is_padding, x["text"] = (packed.at < 0)[None], packed.pack(x["text"])
-            drop_path |= {name: packed.spread(factors) for name, factors in drop_path.items() if name == "text"}
+            if drop_path:
+                drop_path["text"] = packed.spread(drop_path["text"])
         for index, layer in enumerate(self.layers):
             x, used = layer(x, visible, is_padding, packed, {name: f[index] for name, f in drop_path.items()} or None)
             for name, routing in used.items():

@@ -99,9 +99,9 @@ class MultiwayFFN(nn.Module):
         for name, parts in self.ffn.choose(self.norm(x)):
             ffn, rows = self.ffn.get_submodule(name), join(parts)
             if isinstance(ffn, FeedForward):
-                y |= cut(ffn(rows), parts)
-                continue
-            hidden = None if is_padding is None or name == "vision" else is_padding[:, -rows.shape[1] :]
-            out, routings[name] = ffn(rows, hidden)
+                out = ffn(rows)
+            else:
+                hidden = None if is_padding is None or name == "vision" else is_padding[:, -rows.shape[1] :]
+                out, routings[name] = ffn(rows, hidden)
             y |= cut(out, parts)
         return y, routings

@@ -83,8 +83,9 @@ class NLVR2:
 
     def loss(self, model: nn.Module, inputs: Inputs, num_targets: Totals) -> TaskLoss:
         part = inputs["examples"]
-        texts = {name: part[name] for name in ("text", "text_padding", "text_at")}
-        out = model(part["image"], image_b=part["image_b"], **texts)
+        out = model(
+            part["image"], part["text"], image_b=part["image_b"], text_padding=part["text_padding"], text_at=part["text_at"]
+        )  # fmt: skip
         loss = F.cross_entropy(out.logits.float(), part["label"], reduction="sum") / num_targets["sentences"]
         auxiliary, metrics = finetune.auxiliary_loss(out.routings, self.config, num_targets["micro_batches"])
         return TaskLoss(loss + auxiliary, {"sentences": loss.detach(), **metrics})

@@ -63,6 +63,12 @@ def triton_problem(x: Float[Tensor, "rows dim"], hidden_dim: int) -> str | None:
     return None
 
 
+def product_dtype(x: Tensor) -> torch.dtype:
+    """Of what `F.linear` makes of x here: autocast's, or that of x."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
 def widened(x: Tensor) -> Tensor:
     """In float32; float64 stays."""
     return x if x.dtype == torch.float64 else x.float()
@@ -110,10 +116,9 @@ def linear_gelu_norm(
 ) -> Float[Tensor, "*batch dim"]:
     """norm(GELU(linear(x))). On a GPU in 16 bits all behind the product is one kernel, which leaves 16 bits also under
     autocast, and whose GELU is within 3e-4 of the exact one."""
-    kind = x.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-    dim, fits = linear.out_features, linear.out_features <= LONGEST_ROW and HAS_TRITON
-    if not (x.is_cuda and dtype.itemsize == 2 and fits and linear.bias is not None):
+    dim = linear.out_features
+    fits = HAS_TRITON and dim <= LONGEST_ROW and linear.bias is not None
+    if not (x.is_cuda and product_dtype(x).itemsize == 2 and fits):
         return norm(F.gelu(linear(x)))
     from vlmoe.nn.kernels import norm_ops
 

@@ -67,10 +67,10 @@ def store_rows(base, row, valid, column, values, FULL: tl.constexpr, DIM: tl.con
 
 
 @triton.jit
-def load_bias(bias, index, FULL: tl.constexpr, SIZE: tl.constexpr):
+def load_vector(base, index, FULL: tl.constexpr, SIZE: tl.constexpr):
     if FULL:
-        return tl.load(bias + index).to(tl.float32)
-    return tl.load(bias + index, mask=index < SIZE, other=0.0).to(tl.float32)
+        return tl.load(base + index).to(tl.float32)
+    return tl.load(base + index, mask=index < SIZE, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -106,25 +106,25 @@ def forward(
             if D2 > 0:
                 h = tl.dot(x2, load_in(w_in, n, c2, FULL, HIDDEN, DIM).T, h)
             if BIAS:
-                h += load_bias(b_in + expert * HIDDEN, n, FULL, HIDDEN)[None, :]
+                h += load_vector(b_in + expert * HIDDEN, n, FULL, HIDDEN)[None, :]
             g = h
             if GATED:
                 g = tl.dot(x1, load_in(w_gate, n, c1, FULL, HIDDEN, DIM).T)
                 if D2 > 0:
                     g = tl.dot(x2, load_in(w_gate, n, c2, FULL, HIDDEN, DIM).T, g)
                 if BIAS:
-                    g += load_bias(b_gate + expert * HIDDEN, n, FULL, HIDDEN)[None, :]
+                    g += load_vector(b_gate + expert * HIDDEN, n, FULL, HIDDEN)[None, :]
             a = activate(h, g, ACTIVATION).to(x.dtype.element_ty)
             acc1 = tl.dot(a, load_out(w_out, n, c1, FULL, HIDDEN, DIM).T, acc1)
             if D2 > 0:
                 acc2 = tl.dot(a, load_out(w_out, n, c2, FULL, HIDDEN, DIM).T, acc2)
         weight = tl.load(weights + slot, mask=valid, other=0.0)[:, None]
         if BIAS:
-            acc1 += load_bias(b_out + expert * DIM, c1, FULL, DIM)[None, :]
+            acc1 += load_vector(b_out + expert * DIM, c1, FULL, DIM)[None, :]
         store_rows(y, slot.to(tl.int64), valid, c1, acc1 * weight, FULL, DIM)
         if D2 > 0:
             if BIAS:
-                acc2 += load_bias(b_out + expert * DIM, c2, FULL, DIM)[None, :]
+                acc2 += load_vector(b_out + expert * DIM, c2, FULL, DIM)[None, :]
             store_rows(y, slot.to(tl.int64), valid, c2, acc2 * weight, FULL, DIM)
 
 

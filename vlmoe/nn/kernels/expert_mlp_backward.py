@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from vlmoe.nn.kernels.activations import activate_with_slope
-from vlmoe.nn.kernels.expert_mlp import load_bias, load_in, load_out, load_rows, store_rows
+from vlmoe.nn.kernels.expert_mlp import load_in, load_out, load_rows, load_vector, store_rows
 
 
 @triton.jit(do_not_specialize=["first_tile"])
@@ -53,7 +53,7 @@ def row_gradients(
         acc1 = tl.zeros([BLOCK_M, D1], tl.float32)
         dweight = tl.zeros([BLOCK_M], tl.float32)
         if BIAS:
-            dweight += tl.sum(dy1.to(tl.float32) * load_bias(b_out + expert * DIM, c1, FULL, DIM)[None, :], 1)
+            dweight += tl.sum(dy1.to(tl.float32) * load_vector(b_out + expert * DIM, c1, FULL, DIM)[None, :], 1)
             tl.store(part + c1, tl.sum(dy1_weighted, 0), mask=c1 < DIM)
         if D2 > 0:
             c2 = D1 + tl.arange(0, D2)
@@ -64,7 +64,7 @@ def row_gradients(
             store_rows(gathered, local, every, c2, x2, FULL, DIM)
             store_rows(weighted, local, every, c2, dy2_weighted, FULL, DIM)
             if BIAS:
-                dweight += tl.sum(dy2.to(tl.float32) * load_bias(b_out + expert * DIM, c2, FULL, DIM)[None, :], 1)
+                dweight += tl.sum(dy2.to(tl.float32) * load_vector(b_out + expert * DIM, c2, FULL, DIM)[None, :], 1)
                 tl.store(part + c2, tl.sum(dy2_weighted, 0), mask=c2 < DIM)
         size = chunk_rows.to(tl.int64) * HIDDEN
         matrix = expert.to(tl.int64) * HIDDEN * DIM
@@ -81,7 +81,7 @@ def row_gradients(
                 h = tl.dot(x2, in2.T, h)
                 da = tl.dot(dy2, load_out(w_out, n, c2, FULL, HIDDEN, DIM), da)
             if BIAS:
-                h += load_bias(b_in + expert * HIDDEN, n, FULL, HIDDEN)[None, :]
+                h += load_vector(b_in + expert * HIDDEN, n, FULL, HIDDEN)[None, :]
             if GATED:
                 gate1 = load_in(w_gate, n, c1, FULL, HIDDEN, DIM)
                 g = tl.dot(x1, gate1.T)
@@ -89,7 +89,7 @@ def row_gradients(
                     gate2 = load_in(w_gate, n, c2, FULL, HIDDEN, DIM)
                     g = tl.dot(x2, gate2.T, g)
                 if BIAS:
-                    g += load_bias(b_gate + expert * HIDDEN, n, FULL, HIDDEN)[None, :]
+                    g += load_vector(b_gate + expert * HIDDEN, n, FULL, HIDDEN)[None, :]
                 sigmoid = tl.sigmoid(g)
                 silu = g * sigmoid
                 a = silu * h

@@ -10,11 +10,7 @@ import triton
 import triton.language as tl
 
 from vlmoe.nn.kernels.activations import activate, activate_with_slope
-
-
-@triton.jit
-def load(base, column, DIM: tl.constexpr):
-    return tl.load(base + column, mask=column < DIM, other=0.0).to(tl.float32)
+from vlmoe.nn.kernels.expert_mlp import load_vector
 
 
 @triton.jit
@@ -22,10 +18,11 @@ def gelu_norm(x, shift, weight, bias, y, means, scales, rows, eps, DIM: tl.const
     """y = weight * (GELU(x + shift) - mean) * scale + bias, with each row's mean and scale = 1 / sqrt(variance + eps)."""
     column = tl.arange(0, WIDTH)
     inside, stride = column < DIM, tl.full([1], DIM, tl.int64)
-    s, w, b = load(shift, column, DIM), load(weight, column, DIM), load(bias, column, DIM)
+    s = load_vector(shift, column, False, DIM)
+    w, b = load_vector(weight, column, False, DIM), load_vector(bias, column, False, DIM)
     for row in tl.range(tl.program_id(0), rows, tl.num_programs(0)):
         at = row * stride
-        h = load(x + at, column, DIM) + s
+        h = load_vector(x + at, column, False, DIM) + s
         a = activate(h, h, "gelu")
         mean = tl.sum(a, 0) / DIM
         centred = tl.where(inside, a - mean, 0.0)
@@ -41,14 +38,14 @@ def gelu_norm_gradients(dy, x, shift, weight, means, scales, dx, parts, rows, DI
     """dx, and this program's part [3, DIM] of the gradients of shift, weight and bias."""
     column = tl.arange(0, WIDTH)
     inside, stride = column < DIM, tl.full([1], DIM, tl.int64)
-    s, w = load(shift, column, DIM), load(weight, column, DIM)
+    s, w = load_vector(shift, column, False, DIM), load_vector(weight, column, False, DIM)
     ds, dw, db = tl.zeros([WIDTH], tl.float32), tl.zeros([WIDTH], tl.float32), tl.zeros([WIDTH], tl.float32)
     for row in tl.range(tl.program_id(0), rows, tl.num_programs(0)):
         at = row * stride
         scale = tl.load(scales + row)
-        a, slope = activate_with_slope(load(x + at, column, DIM) + s, "gelu")
+        a, slope = activate_with_slope(load_vector(x + at, column, False, DIM) + s, "gelu")
         normed = tl.where(inside, (a - tl.load(means + row)) * scale, 0.0)
-        g = load(dy + at, column, DIM)
+        g = load_vector(dy + at, column, False, DIM)
         dw += g * normed
         db += g
         g *= w
