@@ -252,6 +252,79 @@ def test_gelu_and_its_norm_beyond_32_bits():
     assert (x.grad[-9:] - last.grad).norm() <= 5e-3 * last.grad.norm()
 
 
+@pytest.mark.parametrize("rows, dim, factors", [(50_432, 768, 256), (4608, 768, 4608), (1001, 1024, 0), (7, 8192, 7)])
+@pytest.mark.parametrize("adds, dtype", [(True, torch.float32), (False, torch.float32), (False, torch.bfloat16)])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_residual_sum_and_norm(rows, dim, factors, adds, dtype, compiled):
+    from vlmoe.nn.kernels import add_norm
+
+    norm = nn.LayerNorm(dim, eps=1e-5)
+    for vector in norm.parameters():
+        nn.init.normal_(vector)
+    norms = norm.cuda(), copy.deepcopy(norm).double().cuda()
+    inputs = torch.randn(rows, dim, device="cuda").to(dtype), torch.randn(rows, dim, device="cuda").bfloat16()
+    factor = torch.rand(factors, device="cuda") if factors else None
+    probes = torch.randn(2, rows, dim, device="cuda").bfloat16()
+    torch.compiler.reset()  # the limit of variants is low
+    function = torch.compile(add_norm, fullgraph=True) if compiled else add_norm
+    found = []
+    for norm, leaves in zip(norms, ([t.clone() for t in inputs], [t.double() for t in inputs]), strict=True):
+        x, y = (leaf.requires_grad_() for leaf in leaves)
+        if x.dtype == torch.float64:
+            total = (
+                x * 1
+                if not adds
+                else x + y * (1 if factor is None else factor.repeat_interleave(rows // factors)[:, None])
+            )
+            normed = norm(total)
+        else:
+            with torch.autocast("cuda", torch.bfloat16):
+                total, normed = function(x, y if adds else None, norm, factor if adds else None)
+            assert normed.dtype == torch.bfloat16 and total.dtype == dtype
+        torch.autograd.backward(
+            [total, normed], [probe.to(y.dtype) for probe, y in zip(probes, (total, normed), strict=True)]
+        )
+        found.append([total, normed, x.grad, *([y.grad] if adds else []), *(p.grad for p in norm.parameters())])
+    for ours, right in zip(*found, strict=True):
+        assert error(ours, right) <= 5e-3
+
+
+@pytest.mark.parametrize(
+    "B, num_vision, most, heads, head_dim",
+    [(16, 197, 40, 12, 64), (3, 577, 64, 4, 64), (40, 0, 64, 3, 64), (5, 50, 0, 2, 32), (70_000, 0, 4, 1, 16)],
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_attention_over_parts(B, num_vision, most, heads, head_dim, dtype):
+    from vlmoe.nn.attention import attend_in_parts
+    from vlmoe.nn.packing import packing
+
+    width, shapes = 3 * heads * head_dim, {"vision": (B, num_vision)}
+    lengths = torch.randint(0, most + 1, (B,))
+    padding = torch.arange(most).expand(B, most) >= lengths[:, None]
+    at = (~padding).flatten().nonzero()[:, 0]
+    packed = packing(F.pad(at, (0, 5), value=-1).cuda(), padding.cuda()) if most else None
+    shapes |= {"text": (1, len(at) + 5)} if most else {}
+    inputs = {m: torch.randn(*shape, width, device="cuda").to(dtype) for m, shape in shapes.items() if shape[1]}
+    fast = {m: t.clone().requires_grad_() for m, t in inputs.items()}
+    slow = {m: t.double().requires_grad_() for m, t in inputs.items()}
+    found = attend_in_parts(fast, packed, heads)
+    whole = [slow["vision"]] if num_vision else []
+    whole += [packed.unpack(slow["text"])] if most else []
+    q, k, v = torch.cat(whole, 1).view(B, -1, 3, heads, head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+    scores = q @ k.transpose(-2, -1) * head_dim**-0.5
+    if most:
+        scores = scores.masked_fill(~packed.visible(num_vision), torch.finfo(scores.dtype).min)
+    y = (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
+    wants = {"vision": y[:, :num_vision]} if num_vision else {}
+    wants |= {"text": packed.pack(y[:, num_vision:])} if most else {}
+    probes = [torch.randn_like(found[m]) for m in found]
+    torch.autograd.backward(list(found.values()), probes)
+    torch.autograd.backward(list(wants.values()), [probe.double() for probe in probes])
+    for m in found:
+        assert found[m].dtype == dtype
+        assert error(found[m], wants[m]) <= 5e-3 and error(fast[m].grad, slow[m].grad) <= 5e-3, m
+
+
 @pytest.mark.parametrize(
     "rows, dim, E", [(262_144, 192, 32), (4099, 256, 32), (4097, 128, 7), (3000, 112, 33), (70, 64, 64), (1, 384, 64)]
 )

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from vlmoe.nn.attention import Attention, Visible, as_bias
 from vlmoe.nn.embed import TextEmbed, VisionEmbed
 from vlmoe.nn.kernels import product_dtype
-from vlmoe.nn.multiway import PER_MODALITY, Multiway, MultiwayFFN, Parts, join
+from vlmoe.nn.multiway import PER_MODALITY, Multiway, MultiwayFFN, Parts, Stream, join
 from vlmoe.nn.packing import Packing, packing
 from vlmoe.nn.router import Routing
 
@@ -54,28 +54,26 @@ class Block(nn.Module):
 
     def forward(
         self,
-        x: Parts,
+        stream: Stream,
         visible: Visible | None = None,
         is_padding: Bool[Tensor, "B S"] | None = None,
         packed: Packing | None = None,
         drop_path: Parts | None = None,
-    ) -> tuple[Parts, dict[str, Routing]]:
+    ) -> tuple[Stream, dict[str, Routing]]:
         """
         Args:
-            x: the sequence; its text packed as `packed` says, where that is given.
-            visible: of all positions, packed or not; see `Attention`.
+            stream: the sequence; its text packed as `packed` says, where that is given.
+            visible: of all positions, packed or not, or None; see `Attention`.
             is_padding: True = no token; of the text as it comes.
             drop_path: [2, B, 1, 1] for each part: what the outputs of attention and feed-forward are multiplied by.
         """
-        x = _add(x, self.attention(x, visible, packed), drop_path, 0)
-        y, routings = self.ffn(x, is_padding)
-        return _add(x, y, drop_path, 1), routings
+        x, y = self.attention(stream, visible, packed)
+        x, y, routings = self.ffn(Stream(x, y, _row(drop_path, 0)), is_padding)
+        return Stream(x, y, _row(drop_path, 1)), routings
 
 
-def _add(x: Parts, y: Parts, drop_path: Parts | None, which: int) -> Parts:
-    return {
-        name: part + (y[name] if drop_path is None else y[name] * drop_path[name][which]) for name, part in x.items()
-    }
+def _row(parts: Parts | None, index: int) -> Parts | None:
+    return None if parts is None else {name: part[index] for name, part in parts.items()}
 
 
 class Encoder(nn.Module):
@@ -146,24 +144,25 @@ class Encoder(nn.Module):
         if not x:
             raise ValueError("the encoder needs an image, a text, or both")
         any_part = next(iter(x.values()))
-        visible = _visible(is_padding, blocked)
+        if text_at is not None and text_padding is not None and self.can_pack:
+            packed = packing(text_at, text_padding)
+        visible = None if packed is not None and blocked is None else _visible(is_padding, blocked)
         if visible is not None and visible.is_cuda:
             visible = as_bias(visible, product_dtype(any_part))
         routings: dict[str, Routing] = {}
-        drop_path: Parts = {}
+        drop_path: Parts | None = None
         if self.training and self.drop_path:
             drop_path = dict.fromkeys(x, drop_paths(any_part, len(self.layers), self.drop_path))
-        if text_at is not None and text_padding is not None and self.can_pack:
-            packed = packing(text_at, text_padding)
+        if packed is not None:
             is_padding, x["text"] = (packed.at < 0)[None], packed.pack(x["text"])
-            if drop_path:
+            if drop_path is not None:
                 drop_path["text"] = packed.spread(drop_path["text"])
+        stream = Stream(x)
         for index, layer in enumerate(self.layers):
-            x, used = layer(x, visible, is_padding, packed, {name: f[index] for name, f in drop_path.items()} or None)
+            stream, used = layer(stream, visible, is_padding, packed, _row(drop_path, index))
             for name, routing in used.items():
                 routings[f"layers.{index}" if name == "shared" else f"layers.{index}.{name}"] = routing
-        if self.norm is not None:
-            x = self.norm(x)
+        x = stream.total() if self.norm is None else self.norm(stream.total())
         if packed is not None:
             x["text"] = packed.unpack(x["text"])
         return EncoderOutput(x, routings)

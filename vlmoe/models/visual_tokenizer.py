@@ -22,7 +22,7 @@ from vlmoe.models.encoder import Block
 from vlmoe.models.weights import latest_checkpoint, load_weights
 from vlmoe.nn.attention import Attention
 from vlmoe.nn.ffn import FeedForward
-from vlmoe.nn.multiway import SHARED, MultiwayFFN
+from vlmoe.nn.multiway import SHARED, MultiwayFFN, Stream
 
 
 @dataclass(frozen=True)
@@ -116,10 +116,10 @@ class _Transformer(nn.Module):
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, x: Float[Tensor, "B P dim"]) -> Float[Tensor, "B P dim"]:
-        parts = {"vision": x}
+        stream = Stream({"vision": x})
         for layer in self.layers:
-            parts, _ = layer(parts)
-        return self.norm(parts["vision"])
+            stream, _ = layer(stream)
+        return self.norm(stream.total()["vision"])
 
 
 class VisualTokenizer(nn.Module):

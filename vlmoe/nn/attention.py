@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from vlmoe.nn.multiway import Multiway, NormLinear, Parts, cut, join
+from vlmoe.nn.kernels import attends_in_parts
+from vlmoe.nn.multiway import Multiway, NormLinear, Parts, Stream, cut, join
 from vlmoe.nn.packing import Packing
 
 Visible = Bool[Tensor, "#B 1 #S S"] | Float[Tensor, "#B 1 #S S"]
@@ -32,19 +33,55 @@ class Attention(nn.Module):
         self.qkv = Multiway(lambda: NormLinear(dim, 3 * dim), copies=copies)  # rows: queries, keys, values
         self.out = Multiway(lambda: NormLinear(dim, dim), copies=copies)
 
-    def forward(self, x: Parts, visible: Visible | None, packing: Packing | None = None) -> Parts:
-        """`visible` is True where a row may attend to a column, or 0 where another is -inf; None: everywhere.
-        `packing`: how the text is packed."""
-        qkv = self.qkv(x)
+    def forward(self, stream: Stream, visible: Visible | None, packing: Packing | None = None) -> tuple[Parts, Parts]:
+        """Returns the residual stream's sum, and the output that is to be added to it.
+
+        `visible` is True where a row may attend to a column, or 0 where another is -inf; None: everywhere but at the
+        padding that `packing`, which says how the text is packed, leaves out."""
+        x, normed = self.qkv.add_norm(stream, only="norm")
+        qkv = self.qkv(normed, only="linear")
+        whole = visible is None and (packing is not None or "text" not in qkv)
+        if whole and attends_in_parts(next(iter(qkv.values())), self.attn_heads):
+            return x, self.project(attend_in_parts(qkv, packing, self.attn_heads))
         if packing is not None:
             qkv["text"] = packing.unpack(qkv["text"])
+            if visible is None:
+                visible = packing.visible(qkv["vision"].shape[1] if "vision" in qkv else 0)
         q, k, v = split_heads(join(qkv), self.attn_heads)
+        if visible is not None and visible.dtype == torch.bool and visible.is_cuda:
+            visible = as_bias(visible, q.dtype)
         # On CPUs the fused kernel gains nothing at our lengths, and the plain form rounds as the released models do.
         attend = plain_attention if q.device.type == "cpu" else F.scaled_dot_product_attention
         y = cut(attend(q, k, v, visible).transpose(1, 2).flatten(2), qkv)
         if packing is not None:
             y["text"] = packing.pack(y["text"])
-        return self.out(y)
+        return x, self.project(y)
+
+    def project(self, y: Parts) -> Parts:
+        """Magneto's second norm and the output projection."""
+        _, normed = self.out.add_norm(Stream(y), only="norm")
+        return self.out(normed, only="linear")
+
+
+def attend_in_parts(qkv: Parts, packing: Packing | None, attn_heads: int) -> Parts:
+    """Attention over all positions of a sample, by kernels that find them where they lie: vision [B, V, 3 d], and text packed.
+
+    Returns:
+        [B, V, d] and [1, N, d]; fillers of the packing are zeros.
+    """
+    from vlmoe.nn.kernels.attention_ops import attend_parts
+
+    like = next(iter(qkv.values()))
+    vision = qkv.get("vision")
+    if packing is None:
+        spans, length = torch.zeros(len(like), 2, dtype=torch.int32, device=like.device), 0
+    else:
+        spans, length = packing.spans, packing.rows.shape[1]
+    if vision is None:
+        vision = like.new_empty(len(spans), 0, like.shape[-1])
+    text = qkv.get("text", like.new_empty(1, 0, like.shape[-1]))
+    of_vision, of_text, _ = attend_parts(vision, text, spans, attn_heads, vision.shape[1] + length)
+    return {name: of_vision if name == "vision" else of_text for name in qkv}
 
 
 def as_bias(visible: Bool[Tensor, "#B 1 #S S"], dtype: torch.dtype) -> Float[Tensor, "#B 1 #S S"]:

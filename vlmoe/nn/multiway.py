@@ -7,17 +7,35 @@ Axes: B samples, S positions of the packed sequence [vision CLS, patches | text]
 """
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from vlmoe.nn.ffn import FeedForward
+from vlmoe.nn.kernels import add_norm
 from vlmoe.nn.router import Routing
 
 Parts = dict[str, Float[Tensor, "B S_m _"]]  # "vision" first, "text" behind it; or one of them
 PER_MODALITY = ("vision", "text")
 SHARED = ("shared",)
+
+
+class Stream(NamedTuple):
+    """A sequence between two layers. The last layer's output is not yet added: the next norm does so on its way."""
+
+    x: Parts  # the sum of all layers before
+    y: Parts | None = None  # the last layer's output
+    factor: Parts | None = None  # [B, 1, 1] or [1, N, 1] by modality: what it is multiplied by (drop path)
+
+    def total(self) -> Parts:
+        """The sum of all layers."""
+        return {name: x if self.y is None else x + self._added(name) for name, x in self.x.items()}
+
+    def _added(self, modality: str) -> Tensor:
+        assert self.y is not None
+        return self.y[modality] if self.factor is None else self.y[modality] * self.factor[modality]
 
 
 class Multiway(nn.Module):
@@ -43,11 +61,29 @@ class Multiway(nn.Module):
             return [("shared", x)]
         return [(modality, {modality: part}) for modality, part in x.items()]
 
-    def forward(self, x: Parts) -> Parts:
+    def forward(self, x: Parts, *, only: str = "") -> Parts:
+        """`only`: the submodule of a copy that is to be passed, instead of all of it."""
         y: Parts = {}
         for name, parts in self.choose(x):
-            y |= cut(self.get_submodule(name)(join(parts)), parts)
+            y |= cut(self.get_submodule(f"{name}.{only}" if only else name)(join(parts)), parts)
         return y
+
+    def add_norm(self, stream: Stream, *, only: str = "") -> tuple[Parts, Parts]:
+        """The sum of all layers, and what the copies, layer norms, or `only` those within them, make of it."""
+        total: Parts = {}
+        normed: Parts = {}
+        for name, parts in self.choose(stream.x):
+            norm = self.get_submodule(f"{name}.{only}" if only else name)
+            assert isinstance(norm, nn.LayerNorm)
+            if len(parts) > 1:
+                x, y = add_norm(join(stream.total()), None, norm)
+            else:
+                (modality,) = parts
+                added, factor = (None if each is None else each[modality] for each in stream[1:])
+                x, y = add_norm(parts[modality], added, norm, factor)
+            total |= cut(x, parts)
+            normed |= cut(y, parts)
+        return total, normed
 
 
 def join(parts: Parts) -> Float[Tensor, "B S _"]:
@@ -91,12 +127,15 @@ class MultiwayFFN(nn.Module):
         self.norm = Multiway(lambda: nn.LayerNorm(dim, eps=1e-5), copies=norm_copies)
         self.ffn = Multiway(make, copies=copies)
 
-    def forward(self, x: Parts, is_padding: Bool[Tensor, "B S"] | None) -> tuple[Parts, dict[str, Routing]]:
-        """Returns the output (without the residual) and the routing of each copy that was used, by its name.
-        `is_padding` is that of the packed sequence; vision has none."""
+    def forward(
+        self, stream: Stream, is_padding: Bool[Tensor, "B S"] | None
+    ) -> tuple[Parts, Parts, dict[str, Routing]]:
+        """Returns the residual stream's sum, the output that is to be added to it, and the routing of each copy that was used,
+        by its name. `is_padding` is that of the packed sequence; vision has none."""
+        x, normed = self.norm.add_norm(stream)
         y: Parts = {}
         routings: dict[str, Routing] = {}
-        for name, parts in self.ffn.choose(self.norm(x)):
+        for name, parts in self.ffn.choose(normed):
             ffn, rows = self.ffn.get_submodule(name), join(parts)
             if isinstance(ffn, FeedForward):
                 out = ffn(rows)
@@ -104,4 +143,4 @@ class MultiwayFFN(nn.Module):
                 hidden = None if is_padding is None or name == "vision" else is_padding[:, -rows.shape[1] :]
                 out, routings[name] = ffn(rows, hidden)
             y |= cut(out, parts)
-        return y, routings
+        return x, y, routings

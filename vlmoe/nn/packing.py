@@ -6,6 +6,7 @@ Axes: B texts of L positions each, N packed rows (their tokens, text after text,
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -15,6 +16,7 @@ class Packing(NamedTuple):
 
     at: Int[Tensor, " N"]  # the place in the padded batch, counted text by text; -1: a filler
     rows: Int[Tensor, "B L"]  # the packed row; -1: padding
+    spans: Int[Tensor, "B 2"]  # int32: the packed rows of each text, the first one and that behind the last one
 
     def pack(self, x: Float[Tensor, "B L d"]) -> Float[Tensor, "1 N d"]:
         """Fillers are zeros."""
@@ -24,6 +26,10 @@ class Packing(NamedTuple):
         """Padding is zeros."""
         return _Take.apply(x[0], self.rows.flatten(), self.at).unflatten(0, self.rows.shape)
 
+    def visible(self, num_vision: int) -> Bool[Tensor, "B 1 1 S"]:
+        """True where a position of a sequence, padded text behind vision, is a token."""
+        return F.pad(self.rows >= 0, (num_vision, 0), value=True)[:, None, None]
+
     def spread(self, by_text: Float[Tensor, "*any B 1 1"]) -> Float[Tensor, "*any 1 N 1"]:
         """What each text has, for each of its tokens (fillers: something)."""
         text = self.at.clamp(min=0) // self.rows.shape[1]
@@ -31,11 +37,13 @@ class Packing(NamedTuple):
 
 
 def packing(text_at: Int[Tensor, " N"], text_padding: Bool[Tensor, "B L"]) -> Packing:
-    """`text_at`: the places that are no padding, and fillers (-1); `collate` makes it."""
+    """`text_at`: the places that are no padding, in order, and fillers (-1), none within a text; `collate` makes it."""
     places = text_padding.numel()
     rows = text_at.new_full((places + 1,), -1)  # fillers write to a place behind the last one
     rows[torch.where(text_at < 0, places, text_at)] = torch.arange(len(text_at), device=text_at.device)
-    return Packing(text_at, rows[:places].view_as(text_padding))
+    rows = rows[:places].view_as(text_padding)
+    ends = rows.amax(1) + 1
+    return Packing(text_at, rows, torch.stack([ends - (rows >= 0).sum(1), ends], 1).to(torch.int32))
 
 
 class _Take(torch.autograd.Function):

@@ -181,6 +181,63 @@ def test_bias_gelu_and_norm(rows: int, dim: int) -> None:
 
 
 @interpreted
+@pytest.mark.parametrize("rows, dim, factors", [(37, 48, 0), (12, 200, 4), (3, 96, 3), (0, 16, 0)])
+@pytest.mark.parametrize("dtype, adds", [(torch.float32, True), (torch.float32, False), (torch.float16, True)])
+def test_residual_sum_and_norm(rows: int, dim: int, factors: int, dtype: torch.dtype, adds: bool) -> None:
+    from vlmoe.nn.kernels import norm_ops
+
+    torch.manual_seed(rows)
+    inputs = torch.randn(rows, dim).to(dtype), torch.randn(rows, dim).half(), torch.randn(dim), torch.randn(dim)
+    factor = torch.rand(factors) if adds and factors else None
+    grads = torch.randn(rows, dim).to(dtype), torch.randn(rows, dim).half()
+    fast, slow = ([leaf(each) for each in inputs] for leaf in (Tensor.requires_grad_, _doubled))
+    total, normed, _, _ = norm_ops.add_norm(fast[0], fast[1] if adds else None, factor, *fast[2:], 1e-5, torch.float16)
+    added = slow[1] if factor is None else slow[1] * factor.double().repeat_interleave(rows // factors)[:, None]
+    want = slow[0] + added if adds else slow[0] * 1
+    want_normed = F.layer_norm(want, (dim,), *slow[2:], 1e-5)
+    torch.autograd.backward([total if adds else fast[0] * 1, normed], [each.clone() for each in grads])
+    torch.autograd.backward([want, want_normed], [each.double() for each in grads])
+    assert adds or not total.numel()
+    pairs = [(normed, want_normed), *((a.grad, b.grad) for a, b in zip(fast, slow, strict=True) if b.grad is not None)]
+    for found, expected in [*pairs, *([(total, want)] if adds else [])]:
+        assert found is not None and expected is not None
+        assert (found - expected).norm() <= 1e-3 * expected.norm()
+
+
+@interpreted
+@pytest.mark.parametrize(
+    "num_vision, lengths, heads, head_dim",
+    [(17, (5, 0), 2, 16), (70, (9,), 1, 32), (0, (7, 66, 2), 2, 16), (30, (0, 0), 1, 64)],
+)
+def test_attention_over_parts(num_vision: int, lengths: tuple[int, ...], heads: int, head_dim: int) -> None:
+    """Sample after sample in float64; two rows of text before, and three behind, belong to none."""
+    from vlmoe.nn.kernels.attention_ops import attend_parts
+
+    torch.manual_seed(num_vision)
+    width, B = heads * head_dim, len(lengths)
+    ends = 2 + torch.tensor(lengths).cumsum(0)
+    spans = torch.stack([ends - torch.tensor(lengths), ends], 1).int()
+    inputs = torch.randn(B, num_vision, 3 * width).half(), torch.randn(1, int(ends[-1]) + 3, 3 * width).half()
+    fast, slow = ([leaf(each) for each in inputs] for leaf in (Tensor.requires_grad_, _doubled))
+    *found, _ = attend_parts(*fast, spans, heads, num_vision + max(lengths))
+    wants = [torch.zeros(B, num_vision, width).double(), torch.zeros(1, inputs[1].shape[1], width).double()]
+    for b, (first, end) in enumerate(spans.tolist()):
+        rows = torch.cat([slow[0][b], slow[1][0, first:end]]).view(-1, 3, heads, head_dim)
+        y = F.scaled_dot_product_attention(*rows.permute(1, 2, 0, 3).unbind(0)).transpose(0, 1).flatten(1)
+        wants[0][b], wants[1][0, first:end] = y[:num_vision], y[num_vision:]
+    grads = [torch.randn_like(each) for each in found]
+    torch.autograd.backward(found, grads)
+    torch.autograd.backward(wants, [each.double() for each in grads])
+    for got, want in [*zip(found, wants, strict=True), *((a.grad, b.grad) for a, b in zip(fast, slow, strict=True))]:
+        assert got is not None and want is not None and got.isfinite().all()
+        assert (got - want).norm() <= 1e-3 * want.norm()
+
+
+def _doubled(tensor: Tensor) -> Tensor:
+    return tensor.detach().double().requires_grad_()
+
+
+@interpreted
 @pytest.mark.parametrize("rows, dim, E", [(150, 48, 5), (9, 192, 32), (70, 112, 20), (0, 16, 3)])
 def test_the_gate_is_a_product_in_float32(rows: int, dim: int, E: int) -> None:
     from vlmoe.nn.kernels import ops
@@ -227,7 +284,7 @@ def test_autocast_checkpointing_and_one_graph(compiled: bool) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_what_a_compiler_expects_of_each_operator_is_what_it_returns(dtype: torch.dtype) -> None:
     """Shapes, dtypes and strides: compiled code asserts them."""
-    from vlmoe.nn.kernels import norm_ops, ops
+    from vlmoe.nn.kernels import attention_ops, norm_ops, ops
 
     def check(operator: Any, *arguments: Any) -> Any:
         torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
@@ -242,6 +299,15 @@ def test_what_a_compiler_expects_of_each_operator_is_what_it_returns(dtype: torc
     check(ops.count_slots, ids.t(), 3)
     y, means, scales = check(norm_ops.gelu_norm, x, gate[0], gate[1], gate.t()[:, 0], 1e-5)
     check(norm_ops.gelu_norm_backward, y.t().contiguous().t(), x, gate[0], gate[1], means, scales)
+    for added in (x.t().contiguous().t(), None):
+        factor = torch.ones(5) if added is not None else None
+        total, normed, *stats = check(norm_ops.add_norm, x.float(), added, factor, gate[0], gate[1], 1e-5, x.dtype)
+        total = x.float() if added is None else total
+        d_total = None if added is None else total.t().contiguous().t()
+        check(norm_ops.add_norm_backward, normed, d_total, total, factor, gate[0], *stats, x.dtype)
+    parts = torch.randn(2, 3, 48).half(), torch.randn(1, 4, 48).half(), torch.tensor([[0, 3], [3, 3]]).int()
+    *outputs, sums = check(attention_ops.attend_parts, *parts, 1, 6)
+    check(attention_ops.attend_parts_backward, *outputs, *parts, *outputs, sums, 6)
     order, ends = check(ops.order_slots, ids, 3)
     bank = [torch.randn(3, 16, 32).half(), torch.randn(3, 32, 16).half(), torch.randn(3, 16).half()]
     bank += [torch.randn(3, 32).half(), torch.randn(3, 16, 32).half(), torch.randn(3, 16).half()]

@@ -7,7 +7,7 @@ from vlmoe.nn.attention import Attention, as_bias, plain_attention
 from vlmoe.nn.embed import ConvStem, TextEmbed, VisionEmbed, project_patches, resize_positions
 from vlmoe.nn.ffn import FeedForward
 from vlmoe.nn.mhmoe import MHMoE
-from vlmoe.nn.multiway import PER_MODALITY, SHARED, Multiway, MultiwayFFN, cut, join
+from vlmoe.nn.multiway import PER_MODALITY, SHARED, Multiway, MultiwayFFN, Stream, cut, join
 
 
 @pytest.mark.parametrize(
@@ -48,17 +48,36 @@ def test_ffn_names_its_routings_and_hides_padding():
     padding = torch.zeros(3, 5, dtype=torch.bool)
     padding[0, 4] = True
     ffn = MultiwayFFN(8, make, norm_copies=PER_MODALITY, copies=PER_MODALITY)
-    _, routings = ffn(x, padding)
+    total, _, routings = ffn(Stream(x), padding)
+    assert total.keys() == x.keys() and all(torch.equal(total[name], x[name]) for name in x)
     assert {name: len(each.logits) for name, each in routings.items()} == {"vision": 12, "text": 18}
     assert routings["vision"].is_padding is None and routings["text"].is_padding.sum() == 2
 
     bank = MultiwayFFN(8, make, norm_copies=PER_MODALITY, copies=SHARED)
-    _, routings = bank(x, padding)
+    _, _, routings = bank(Stream(x), padding)
     assert {name: len(each.logits) for name, each in routings.items()} == {"shared": 30}
     assert routings["shared"].is_padding.sum() == 2
 
     dense = MultiwayFFN(8, lambda: FeedForward(8, 16), norm_copies=PER_MODALITY, copies=PER_MODALITY)
-    assert dense(x, padding)[1] == {}
+    assert dense(Stream(x), padding)[2] == {}
+
+
+@pytest.mark.parametrize("copies", [PER_MODALITY, SHARED, (*PER_MODALITY, "vl")])
+@pytest.mark.parametrize("drops", [False, True])
+def test_a_norm_adds_what_the_last_layer_put_out(copies, drops):
+    norms = Multiway(lambda: torch.nn.LayerNorm(4), copies=copies)
+    x, y = ({"vision": torch.randn(2, 3, 4), "text": torch.randn(2, 5, 4)} for _ in range(2))
+    factor = {name: torch.rand(2, 1, 1) for name in x} if drops else None
+    stream = Stream(x, y, factor)
+    want = {name: x[name] + y[name] * (factor[name] if drops else 1) for name in x}
+    for name, each in norms.named_parameters():
+        torch.nn.init.constant_(each, 1.0 + len(name))  # another one for each copy
+    total, normed = norms.add_norm(stream)
+    for name, got in stream.total().items():
+        assert torch.equal(got, want[name]) and torch.equal(total[name], want[name])
+        torch.testing.assert_close(normed[name], norms(want)[name])
+    alone, _ = norms.add_norm(Stream({"text": x["text"]}))
+    assert torch.equal(alone["text"], x["text"])
 
 
 @pytest.mark.parametrize("activation", ["gelu", "relu", "swiglu"])
@@ -98,7 +117,7 @@ def test_attention_scores_are_joint_in_both_styles():
     state = shared.state_dict()
     copied = {k.replace("shared", m): v for k, v in state.items() for m in PER_MODALITY}
     decoupled.load_state_dict(copied)
-    x = {"vision": torch.randn(2, 4, 8), "text": torch.randn(2, 2, 8)}
+    x = Stream({"vision": torch.randn(2, 4, 8), "text": torch.randn(2, 2, 8)})
     torch.testing.assert_close(decoupled(x, None), shared(x, None))
 
 

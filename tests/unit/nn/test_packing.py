@@ -9,7 +9,12 @@ def test_packed_are_the_tokens_in_order_and_fillers_are_zeros():
     padding = torch.tensor([[False, True, True], [False, False, False]])
     packed = packing(positions(~padding, multiple=3), padding)
     assert packed.at.tolist() == [0, 3, 4, 5, -1, -1] and packed.rows.tolist() == [[0, -1, -1], [1, 2, 3]]
-    assert packing(torch.tensor([0, -1, 3, 4, -1, 5]), padding).rows.tolist() == [[0, -1, -1], [2, 3, 5]]
+    assert packed.spans.tolist() == [[0, 1], [1, 4]] and packed.spans.dtype == torch.int32
+    between = packing(torch.tensor([0, -1, 3, 4, 5, -1]), padding)
+    assert between.rows.tolist() == [[0, -1, -1], [2, 3, 4]] and between.spans.tolist() == [[0, 1], [2, 5]]
+    assert packed.visible(2).squeeze().tolist() == [[True, True, True, False, False], [True] * 5]
+    nothing = packing(torch.tensor([-1, 3, 4, 5]), torch.tensor([[True] * 3, [False] * 3]))
+    assert nothing.spans.tolist() == [[0, 0], [1, 4]]
     x = torch.randn(2, 3, 4)
     rows = packed.pack(x)
     assert torch.equal(rows[0], torch.cat([x[~padding], torch.zeros(2, 4)]))

@@ -1,5 +1,5 @@
-"""Triton kernels for sub-token experts: both products of an expert on chip, routing in a few launches; and for the norm that
-Magneto puts behind GELU.
+"""Triton kernels for sub-token experts: both products of an expert on chip, routing in a few launches; for layer norms with the
+residual sum or the GELU before them; and for attention over modalities that lie in two tensors.
 
 Triton is imported with the first call: it is not there on every machine that the rest of vlmoe.nn runs on.
 Axes: `rows` with `top_k` slots each, `dim` of a row, `experts`, `hidden`.
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 LEAST_SHARED = 227 << 10  # bytes per block
-LONGEST_ROW = 8192  # of `linear_gelu_norm`, in registers
+HEAD_DIMS = (16, 32, 64)  # of `attention_ops`; wider heads would need other tiles
+LONGEST_ROW = 8192  # of a norm, in registers
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton then runs kernels on the CPU, slowly
 
 
@@ -111,6 +112,12 @@ def count_slots(expert_ids: Int[Tensor, "rows top_k"], num_experts: int) -> Int[
     return counts.scatter_add(0, expert_ids.flatten(), torch.ones_like(expert_ids.flatten()))[:num_experts]
 
 
+def attends_in_parts(qkv: Float[Tensor, "*batch three_d"], attn_heads: int) -> bool:
+    """Whether `attention_ops.attend_parts` can run on such projections."""
+    head_dim = qkv.shape[-1] // 3 // attn_heads
+    return HAS_TRITON and qkv.is_cuda and qkv.dtype.itemsize == 2 and head_dim in HEAD_DIMS and not torch.version.hip
+
+
 def linear_gelu_norm(
     x: Float[Tensor, "*batch in_dim"], linear: nn.Linear, norm: nn.LayerNorm
 ) -> Float[Tensor, "*batch dim"]:
@@ -125,6 +132,31 @@ def linear_gelu_norm(
     hidden = F.linear(x, linear.weight)
     y, _, _ = norm_ops.gelu_norm(hidden.reshape(-1, dim), linear.bias, norm.weight, norm.bias, norm.eps)
     return y.view(hidden.shape)
+
+
+def add_norm(
+    x: Float[Tensor, "*batch dim"],
+    y: Float[Tensor, "*batch dim"] | None,
+    norm: nn.LayerNorm,
+    factor: Float[Tensor, "..."] | None = None,
+) -> tuple[Float[Tensor, "*batch dim"], Float[Tensor, "*batch dim"]]:
+    """x + y * factor, and its norm. On a GPU in 16 bits both come from one kernel, and the norm in 16 bits also under autocast.
+
+    Args:
+        y: None adds nothing.
+        factor: one value for each of the first axes of x, such as [B, 1, 1] for x [B, S, dim]; no gradient reaches it.
+    """
+    dim, dtype = x.shape[-1], product_dtype(x)
+    if not (x.is_cuda and dtype.itemsize == 2 and HAS_TRITON and dim <= LONGEST_ROW):
+        if y is not None:
+            x = x + (y if factor is None else y * factor)
+        return x, norm(x)
+    from vlmoe.nn.kernels import norm_ops
+
+    added = None if y is None else y.reshape(-1, dim)
+    factors = None if factor is None else factor.flatten()
+    total, normed, _, _ = norm_ops.add_norm(x.reshape(-1, dim), added, factors, norm.weight, norm.bias, norm.eps, dtype)
+    return x if y is None else total.view(x.shape), normed.view(x.shape)
 
 
 @torch.compiler.assume_constant_result

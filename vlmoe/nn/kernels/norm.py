@@ -1,8 +1,8 @@
 # type: ignore  # kernels are Triton's language, which checkers read as Python
-"""What stands between the two products of a dense feed-forward layer, its first bias, GELU and Magneto's layer norm, in one
-pass over rows each way.
+"""Layer norms with what stands before them, in one pass over rows each way: a residual sum, or, between the two products of a
+dense feed-forward layer, its first bias and GELU.
 
-Inductor goes through rows longer than 1,024 twice in each kernel, and sums the gradients of the vectors in others.
+Inductor sums the gradients of a norm's vectors in further kernels, and goes through rows longer than 1,024 twice in each.
 Axes: `rows` of DIM columns (WIDTH, padded). Programs take every n-th row, so that vectors are read once.
 """
 
@@ -56,3 +56,70 @@ def gelu_norm_gradients(dy, x, shift, weight, means, scales, dx, parts, rows, DI
     tl.store(parts, ds, mask=inside)
     tl.store(parts + DIM, dw, mask=inside)
     tl.store(parts + 2 * DIM, db, mask=inside)
+
+
+@triton.jit
+def load_tile(x, row, rows, column, DIM: tl.constexpr):
+    """[rows, columns] in float32, zero outside."""
+    at = x + row.to(tl.int64)[:, None] * DIM + column[None, :]
+    return tl.load(at, mask=(row < rows)[:, None] & (column < DIM)[None, :], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_tile(x, value, row, rows, column, DIM: tl.constexpr):
+    at = x + row.to(tl.int64)[:, None] * DIM + column[None, :]
+    tl.store(at, value.to(x.dtype.element_ty), mask=(row < rows)[:, None] & (column < DIM)[None, :])
+
+
+@triton.jit
+def add_norm(x, y, factor, weight, bias, total, normed, means, scales, rows, rows_per_factor, eps, ADDS: tl.constexpr,
+             FACTORS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
+    """total = x + factor * y, and its norm: weight * (total - mean) * scale + bias, with scale = 1 / sqrt(variance + eps)."""
+    column = tl.arange(0, WIDTH)
+    w, b = load_vector(weight, column, False, DIM), load_vector(bias, column, False, DIM)
+    for first in tl.range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS):
+        row = first + tl.arange(0, ROWS)
+        h = load_tile(x, row, rows, column, DIM)
+        if ADDS:
+            added = load_tile(y, row, rows, column, DIM)
+            if FACTORS:
+                added *= tl.load(factor + row // rows_per_factor, mask=row < rows, other=0.0).to(tl.float32)[:, None]
+            h = (h + added).to(total.dtype.element_ty).to(tl.float32)
+            store_tile(total, h, row, rows, column, DIM)
+        mean = tl.sum(h, 1) / DIM
+        centred = tl.where((column < DIM)[None, :], h - mean[:, None], 0.0)
+        scale = tl.rsqrt(tl.sum(centred * centred, 1) / DIM + eps)
+        store_tile(normed, centred * scale[:, None] * w[None, :] + b[None, :], row, rows, column, DIM)
+        tl.store(means + row, mean, mask=row < rows)
+        tl.store(scales + row, scale, mask=row < rows)
+
+
+@triton.jit
+def add_norm_gradients(d_normed, d_total, total, factor, weight, means, scales, dx, dy, parts, rows, rows_per_factor,
+                       ADDS: tl.constexpr, FACTORS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
+                       ROWS: tl.constexpr):  # fmt: skip
+    """dx and dy, and this program's part [2, DIM] of the gradients of weight and bias."""
+    column = tl.arange(0, WIDTH)
+    w = load_vector(weight, column, False, DIM)
+    dw, db = tl.zeros([ROWS, WIDTH], tl.float32), tl.zeros([ROWS, WIDTH], tl.float32)
+    for first in tl.range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS):
+        row = first + tl.arange(0, ROWS)
+        mean = tl.load(means + row, mask=row < rows, other=0.0)
+        scale = tl.load(scales + row, mask=row < rows, other=0.0)
+        centred = load_tile(total, row, rows, column, DIM) - mean[:, None]
+        n = tl.where((column < DIM)[None, :], centred * scale[:, None], 0.0)
+        g = load_tile(d_normed, row, rows, column, DIM)
+        dw += g * n
+        db += g
+        g *= w[None, :]
+        d = (g - (tl.sum(g, 1) / DIM)[:, None] - n * (tl.sum(g * n, 1) / DIM)[:, None]) * scale[:, None]
+        if ADDS:
+            d += load_tile(d_total, row, rows, column, DIM)
+        store_tile(dx, d, row, rows, column, DIM)
+        if ADDS:
+            if FACTORS:
+                d *= tl.load(factor + row // rows_per_factor, mask=row < rows, other=0.0).to(tl.float32)[:, None]
+            store_tile(dy, d, row, rows, column, DIM)
+    parts += tl.program_id(0) * 2 * DIM + column
+    tl.store(parts, tl.sum(dw, 0), mask=column < DIM)
+    tl.store(parts + DIM, tl.sum(db, 0), mask=column < DIM)

@@ -1,6 +1,6 @@
 # pyright: reportCallIssue=false, reportArgumentType=false
 # (a launch takes plain values where the kernel's signature says constexpr)
-"""Bias, GELU and layer norm as one `torch.library` operator with gradients."""
+"""Residual sum and layer norm, and bias, GELU and layer norm, as `torch.library` operators with gradients."""
 
 from typing import Any
 
@@ -9,6 +9,10 @@ from torch import Tensor
 
 from vlmoe.nn.kernels import norm
 from vlmoe.nn.kernels.tiles import multiprocessors, power_of_two
+
+ADD_PROGRAMS = (
+    8  # of `add_norm` and its gradients, per multiprocessor; best on an H200, with one warp up to 1,024 columns
+)
 
 
 @torch.library.custom_op("vlmoe::gelu_norm", mutates_args=())
@@ -59,6 +63,79 @@ def _gradients(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
 gelu_norm.register_autograd(_gradients, setup_context=_save)
 
 
+@torch.library.custom_op("vlmoe::add_norm", mutates_args=())
+def add_norm(
+    x: Tensor, y: Tensor | None, factor: Tensor | None, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x + y * factor in x's dtype (empty without y), its layer norm in `dtype`, and each row's mean and 1 / standard
+    deviation in float32.
+
+    Args:
+        x, y: [rows, dim].
+        factor: [n], each for rows / n rows, one after another.
+    """
+    x, weight, bias = (each.contiguous() for each in (x, weight, bias))
+    y, factor = (each if each is None else each.contiguous() for each in (y, factor))
+    total, normed, means, scales = _new_sum(x, y, dtype)
+    norm.add_norm[(_programs(x, ADD_PROGRAMS),)](
+        x, y, factor, weight, bias, total, normed, means, scales, len(x), _rows_per(factor, x), eps,
+        **_sum_constants(x, y, factor),
+    )  # fmt: skip
+    return total, normed, means, scales
+
+
+@add_norm.register_fake
+def _(
+    x: Tensor, y: Tensor | None, factor: Tensor | None, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _new_sum(x, y, dtype)
+
+
+@torch.library.custom_op("vlmoe::add_norm_backward", mutates_args=())
+def add_norm_backward(
+    d_normed: Tensor, d_total: Tensor | None, total: Tensor, factor: Tensor | None, weight: Tensor, means: Tensor,
+    scales: Tensor, y_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of x, of y (empty if nothing was added: no `d_total`), and [2, dim] in float32, those of weight and bias."""
+    d_normed, total, weight = (each.contiguous() for each in (d_normed, total, weight))
+    d_total, factor = (each if each is None else each.contiguous() for each in (d_total, factor))
+    dx, dy = _new_gradients(total, d_total, y_dtype)
+    parts = means.new_empty(_programs(total, ADD_PROGRAMS), 2, total.shape[1])
+    norm.add_norm_gradients[(len(parts),)](
+        d_normed, d_total, total, factor, weight, means, scales, dx, dy, parts, len(total), _rows_per(factor, total),
+        **_sum_constants(total, d_total, factor),
+    )  # fmt: skip
+    return dx, dy, parts.sum(0)
+
+
+@add_norm_backward.register_fake
+def _(
+    d_normed: Tensor, d_total: Tensor | None, total: Tensor, factor: Tensor | None, weight: Tensor, means: Tensor,
+    scales: Tensor, y_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return *_new_gradients(total, d_total, y_dtype), means.new_empty(2, total.shape[1])
+
+
+def _save_sum(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, y, factor, weight, bias, _, _ = inputs
+    total, _, means, scales = output
+    ctx.save_for_backward(x if y is None else total, factor, weight, means, scales)
+    ctx.y_dtype, ctx.bias_dtype = None if y is None else y.dtype, bias.dtype
+    ctx.mark_non_differentiable(means, scales)
+
+
+def _sum_gradients(ctx: Any, d_total: Tensor, d_normed: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    total, factor, weight, means, scales = ctx.saved_tensors
+    adds = ctx.y_dtype is not None
+    dx, dy, (dweight, dbias) = add_norm_backward(
+        d_normed, d_total if adds else None, total, factor, weight, means, scales, ctx.y_dtype or total.dtype
+    )
+    return dx, dy if adds else None, None, dweight.to(weight.dtype), dbias.to(ctx.bias_dtype), None, None
+
+
+add_norm.register_autograd(_sum_gradients, setup_context=_save_sum)
+
+
 def _new(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     by_row = x.new_empty(x.shape[0], dtype=torch.float32)
     return x.new_empty(x.shape), by_row, torch.empty_like(by_row)
@@ -71,3 +148,24 @@ def _constants(x: Tensor) -> dict[str, int]:
 
 def _programs(x: Tensor, per_processor: int) -> int:
     return max(1, min(len(x), per_processor * multiprocessors(x.device)))
+
+
+def _new_sum(x: Tensor, y: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    total = x.new_empty(0 if y is None else x.shape)
+    means = x.new_empty(x.shape[0], dtype=torch.float32)
+    return total, x.new_empty(x.shape, dtype=dtype), means, torch.empty_like(means)
+
+
+def _new_gradients(total: Tensor, d_total: Tensor | None, y_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return total.new_empty(total.shape), total.new_empty(0 if d_total is None else total.shape, dtype=y_dtype)
+
+
+def _rows_per(factor: Tensor | None, x: Tensor) -> int:
+    return 1 if factor is None else len(x) // len(factor)
+
+
+def _sum_constants(x: Tensor, added: Tensor | None, factor: Tensor | None) -> dict[str, int | bool]:
+    width = power_of_two(x.shape[1])
+    flags = {"ADDS": added is not None, "FACTORS": factor is not None}
+    tile = {"ROWS": max(1, 2048 // width), "num_warps": max(1, width // 1024)}
+    return {"DIM": x.shape[1], "WIDTH": width} | tile | flags
