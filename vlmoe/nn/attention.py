@@ -40,8 +40,8 @@ class Attention(nn.Module):
         padding that `packing`, which says how the text is packed, leaves out."""
         x, normed = self.qkv.add_norm(stream, only="norm")
         qkv = self.qkv(normed, only="linear")
-        whole = visible is None and (packing is not None or "text" not in qkv)
-        if whole and attends_in_parts(next(iter(qkv.values())), self.attn_heads):
+        sees_all = visible is None and (packing is not None or "text" not in qkv)
+        if sees_all and attends_in_parts(next(iter(qkv.values())), self.attn_heads):
             return x, self.project(attend_in_parts(qkv, packing, self.attn_heads))
         if packing is not None:
             qkv["text"] = packing.unpack(qkv["text"])

@@ -76,12 +76,14 @@ class Multiway(nn.Module):
             norm = self.get_submodule(f"{name}.{only}" if only else name)
             assert isinstance(norm, nn.LayerNorm)
             if len(parts) > 1:
-                x, y = add_norm(join(stream.total()), None, norm)
+                x = stream.total()
+                _, y = add_norm(join(x), None, norm)
             else:
                 (modality,) = parts
                 added, factor = (None if each is None else each[modality] for each in stream[1:])
-                x, y = add_norm(parts[modality], added, norm, factor)
-            total |= cut(x, parts)
+                one, y = add_norm(parts[modality], added, norm, factor)
+                x = {modality: one}
+            total |= x
             normed |= cut(y, parts)
         return total, normed
 

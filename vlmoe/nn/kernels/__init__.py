@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from vlmoe.nn.experts import ExpertWeights
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
-LEAST_SHARED = 227 << 10  # bytes per block
+LEAST_SHARED, AMPERE_SHARED = 227 << 10, 99 << 10  # bytes per block
 HEAD_DIMS = (16, 32, 64)  # of `attention_ops`; wider heads would need other tiles
 LONGEST_ROW = 8192  # of a norm, in registers
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton then runs kernels on the CPU, slowly
@@ -114,8 +114,10 @@ def count_slots(expert_ids: Int[Tensor, "rows top_k"], num_experts: int) -> Int[
 
 def attends_in_parts(qkv: Float[Tensor, "*batch three_d"], attn_heads: int) -> bool:
     """Whether `attention_ops.attend_parts` can run on such projections."""
-    head_dim = qkv.shape[-1] // 3 // attn_heads
-    return HAS_TRITON and qkv.is_cuda and qkv.dtype.itemsize == 2 and head_dim in HEAD_DIMS and not torch.version.hip
+    fits = qkv.dtype.itemsize == 2 and qkv.shape[-1] // 3 // attn_heads in HEAD_DIMS
+    if not (fits and qkv.is_cuda and HAS_TRITON) or torch.version.hip:
+        return False
+    return _shared_memory(qkv.device.index) >= AMPERE_SHARED  # older ones multiply no bfloat16
 
 
 def linear_gelu_norm(
