@@ -271,19 +271,14 @@ def test_residual_sum_and_norm(rows, dim, factors, adds, dtype, compiled):
     for norm, leaves in zip(norms, ([t.clone() for t in inputs], [t.double() for t in inputs]), strict=True):
         x, y = (leaf.requires_grad_() for leaf in leaves)
         if x.dtype == torch.float64:
-            total = (
-                x * 1
-                if not adds
-                else x + y * (1 if factor is None else factor.repeat_interleave(rows // factors)[:, None])
-            )
+            added = y if factor is None else y * factor.repeat_interleave(rows // factors)[:, None]
+            total = x + added if adds else x * 1
             normed = norm(total)
         else:
             with torch.autocast("cuda", torch.bfloat16):
                 total, normed = function(x, y if adds else None, norm, factor if adds else None)
             assert normed.dtype == torch.bfloat16 and total.dtype == dtype
-        torch.autograd.backward(
-            [total, normed], [probe.to(y.dtype) for probe, y in zip(probes, (total, normed), strict=True)]
-        )
+        torch.autograd.backward([total, normed], [probes[0].to(total.dtype), probes[1].to(normed.dtype)])
         found.append([total, normed, x.grad, *([y.grad] if adds else []), *(p.grad for p in norm.parameters())])
     for ours, right in zip(*found, strict=True):
         assert error(ours, right) <= 5e-3

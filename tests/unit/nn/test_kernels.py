@@ -307,6 +307,8 @@ def test_what_a_compiler_expects_of_each_operator_is_what_it_returns(dtype: torc
         check(norm_ops.add_norm_backward, normed, d_total, total, factor, gate[0], *stats, x.dtype)
     parts = torch.randn(2, 3, 48).half(), torch.randn(1, 4, 48).half(), torch.tensor([[0, 3], [3, 3]]).int()
     *outputs, sums = check(attention_ops.attend_parts, *parts, 1, 6)
+    odd = torch.empty(parts[1].numel() + 1).half()[1:].view_as(parts[1]).copy_(parts[1])  # not at a multiple of 16
+    assert torch.equal(attention_ops.attend_parts(parts[0], odd, parts[2], 1, 6)[1], outputs[1])
     check(attention_ops.attend_parts_backward, *outputs, *parts, *outputs, sums, 6)
     order, ends = check(ops.order_slots, ids, 3)
     bank = [torch.randn(3, 16, 32).half(), torch.randn(3, 32, 16).half(), torch.randn(3, 16).half()]

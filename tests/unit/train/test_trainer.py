@@ -113,10 +113,7 @@ def test_a_compiled_run_computes_the_same(pretrain_recipe, uninterrupted, tmp_pa
     ours, theirs = (read_tensors(latest_checkpoint(run) / "model.safetensors") for run in (tmp_path, uninterrupted))
     assert ours.keys() == theirs.keys()
     for line, other in zip(losses(tmp_path), losses(uninterrupted), strict=True):
-        for (
-            name,
-            value,
-        ) in line.items():  # two experts may be as probable but for rounding, so that a slot goes either way
+        for name, value in line.items():  # where two experts are as probable, rounding decides: a slot goes either way
             allowed = {"abs": 2 / 1024} if name.endswith("_load") else {"rel": 1e-4}
             assert value == pytest.approx(other[name], **allowed), name
         assert line.keys() == other.keys()

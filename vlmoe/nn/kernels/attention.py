@@ -3,8 +3,8 @@
 
 Sample b attends over its V rows of a [B, V] tensor and, behind them, over rows `spans[b]` of packed text. Rows hold queries,
 keys and values of all heads side by side; `sums` and `stats` have one entry per head and row, those of vision first. Scores
-are in base 2: `scale` has a factor of log2(e). (FlashAttention-2, arXiv:2307.08691, with the gradients in two kernels, as none
-then waits for another's sums.)
+are in base 2: `scale` has a factor of log2(e). (FlashAttention-2, arXiv:2307.08691, with its gradients in two kernels, so that
+no program adds to what another writes.)
 Axes: HEADS of DIM features; positions of a sample in blocks of BLOCK_M, those they meet in steps of BLOCK_N.
 """
 

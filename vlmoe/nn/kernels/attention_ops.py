@@ -14,12 +14,8 @@ from torch import Tensor
 
 from vlmoe.nn.kernels import attention
 
-BLOCKS = {
-    "BLOCK_M": 64,
-    "BLOCK_N": 32,
-    "num_warps": 4,
-    "num_stages": 3,
-}  # an H200's best at 64 features and 200 positions
+# an H200's best at 64 features and 200 positions
+BLOCKS = {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 3}
 KEYS = BLOCKS | {"maxnreg": 128}  # so that four programs fit a multiprocessor
 
 
@@ -37,7 +33,7 @@ def attend_parts(
     Returns:
         [B, V, d] and [1, N, d] (zeros in rows of no sample), and the logarithms (base 2) of the scores' sums, [a, B V + N].
     """
-    vision, text, spans = vision.contiguous(), text.contiguous(), spans.contiguous()
+    vision, text, spans = (_aligned(each) for each in (vision, text, spans))
     y_vision, y_text, sums = _new(vision, text, heads)
     grid, sizes = _launch(vision, spans, sums, longest)
     attention.attend[grid](vision, text, spans, y_vision, y_text, sums, **sizes, **BLOCKS)
@@ -55,8 +51,7 @@ def attend_parts_backward(
     sums: Tensor, longest: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradients of `vision` and `text`."""
-    vision, text, spans = vision.contiguous(), text.contiguous(), spans.contiguous()
-    dy_vision, dy_text = dy_vision.contiguous(), dy_text.contiguous()
+    vision, text, spans, dy_vision, dy_text = (_aligned(each) for each in (vision, text, spans, dy_vision, dy_text))
     d_vision, d_text, stats = torch.empty_like(vision), torch.zeros_like(text), sums.new_empty(*sums.shape, 4)
     grid, sizes = _launch(vision, spans, sums, longest)
     attention.query_gradients[grid](
@@ -86,6 +81,12 @@ def _gradients(ctx: Any, dy_vision: Tensor, dy_text: Tensor, _: Any) -> tuple[Te
 
 
 attend_parts.register_autograd(_gradients, setup_context=_save)
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """Rows side by side from a multiple of 16 bytes on, which the kernels count on."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
 def _new(vision: Tensor, text: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,9 +10,7 @@ from torch import Tensor
 from vlmoe.nn.kernels import norm
 from vlmoe.nn.kernels.tiles import multiprocessors, power_of_two
 
-ADD_PROGRAMS = (
-    8  # of `add_norm` and its gradients, per multiprocessor; best on an H200, with one warp up to 1,024 columns
-)
+ADD_PROGRAMS = 8  # of `add_norm` and its gradients, per multiprocessor: an H200's best, with one warp
 
 
 @torch.library.custom_op("vlmoe::gelu_norm", mutates_args=())
