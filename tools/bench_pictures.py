@@ -64,7 +64,7 @@ def draw_steps(rows: Sequence[Row], path: Path) -> None:
     panels = _by(rows, lambda row: row["hardware"])
     figure, axes = _figure(panels, "Pretraining throughput of whole optimiser steps")
     for axis, (hardware, mine) in zip(axes, panels.items(), strict=True):
-        groups = _by(mine, lambda row: f"{row['recipe']}, {row['batch']} pairs\n{row['streams']}, {_how(row)}")
+        groups = _by(mine, lambda row: f"{row['recipe']}, {row['batch']} pairs\n{row['streams']}\n{_how(row)}")
         _bars(axis, groups, "what", "tokens_per_s", _rate, scale=1e-3)
         axis.set(title=f"{hardware}, bf16 (in brackets: relative to dense, equal FLOPs)", ylabel="thousand tokens / s")
         _legend(axis)
