@@ -38,29 +38,23 @@ class Attention(nn.Module):
 
         `visible` is True where a row may attend to a column, or 0 where another is -inf; None: everywhere but at the
         padding that `packing`, which says how the text is packed, leaves out."""
-        x, normed = self.qkv.add_norm(stream, only="norm")
-        qkv = self.qkv(normed, only="linear")
+        x, qkv = self.qkv.add_norm(stream)
         sees_all = visible is None and (packing is not None or "text" not in qkv)
         if sees_all and attends_in_parts(next(iter(qkv.values())), self.attn_heads):
-            return x, self.project(attend_in_parts(qkv, packing, self.attn_heads))
+            return x, self.out(attend_in_parts(qkv, packing, self.attn_heads))
         if packing is not None:
             qkv["text"] = packing.unpack(qkv["text"])
             if visible is None:
                 visible = packing.visible(qkv["vision"].shape[1] if "vision" in qkv else 0)
+                if visible.is_cuda:
+                    visible = as_bias(visible, qkv["text"].dtype)
         q, k, v = split_heads(join(qkv), self.attn_heads)
-        if visible is not None and visible.dtype == torch.bool and visible.is_cuda:
-            visible = as_bias(visible, q.dtype)
         # On CPUs the fused kernel gains nothing at our lengths, and the plain form rounds as the released models do.
         attend = plain_attention if q.device.type == "cpu" else F.scaled_dot_product_attention
         y = cut(attend(q, k, v, visible).transpose(1, 2).flatten(2), qkv)
         if packing is not None:
             y["text"] = packing.pack(y["text"])
-        return x, self.project(y)
-
-    def project(self, y: Parts) -> Parts:
-        """Magneto's second norm and the output projection."""
-        _, normed = self.out.add_norm(Stream(y), only="norm")
-        return self.out(normed, only="linear")
+        return x, self.out(y)
 
 
 def attend_in_parts(qkv: Parts, packing: Packing | None, attn_heads: int) -> Parts:

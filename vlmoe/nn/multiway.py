@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from vlmoe.nn.ffn import FeedForward
-from vlmoe.nn.kernels import add_norm
+from vlmoe.nn.kernels import add_norm, residual_sum
 from vlmoe.nn.router import Routing
 
 Parts = dict[str, Float[Tensor, "B S_m _"]]  # "vision" first, "text" behind it; or one of them
@@ -29,13 +29,14 @@ class Stream(NamedTuple):
     y: Parts | None = None  # the last layer's output
     factor: Parts | None = None  # [B, 1, 1] or [1, N, 1] by modality: what it is multiplied by (drop path)
 
+    def of(self, modality: str) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Those of one part."""
+        y, factor = (None if each is None else each[modality] for each in (self.y, self.factor))
+        return self.x[modality], y, factor
+
     def total(self) -> Parts:
         """The sum of all layers."""
-        return {name: x if self.y is None else x + self._added(name) for name, x in self.x.items()}
-
-    def _added(self, modality: str) -> Tensor:
-        assert self.y is not None
-        return self.y[modality] if self.factor is None else self.y[modality] * self.factor[modality]
+        return {modality: residual_sum(*self.of(modality)) for modality in self.x}
 
 
 class Multiway(nn.Module):
@@ -61,31 +62,29 @@ class Multiway(nn.Module):
             return [("shared", x)]
         return [(modality, {modality: part}) for modality, part in x.items()]
 
-    def forward(self, x: Parts, *, only: str = "") -> Parts:
-        """`only`: the submodule of a copy that is to be passed, instead of all of it."""
+    def forward(self, x: Parts) -> Parts:
         y: Parts = {}
         for name, parts in self.choose(x):
-            y |= cut(self.get_submodule(f"{name}.{only}" if only else name)(join(parts)), parts)
+            y |= cut(self.get_submodule(name)(join(parts)), parts)
         return y
 
-    def add_norm(self, stream: Stream, *, only: str = "") -> tuple[Parts, Parts]:
-        """The sum of all layers, and what the copies, layer norms, or `only` those within them, make of it."""
+    def add_norm(self, stream: Stream) -> tuple[Parts, Parts]:
+        """The sum of all layers, and what the copies, layer norms or `NormLinear`s, make of it."""
         total: Parts = {}
-        normed: Parts = {}
+        y: Parts = {}
         for name, parts in self.choose(stream.x):
-            norm = self.get_submodule(f"{name}.{only}" if only else name)
+            copy = self.get_submodule(name)
+            norm = copy.norm if isinstance(copy, NormLinear) else copy
             assert isinstance(norm, nn.LayerNorm)
             if len(parts) > 1:
-                x = stream.total()
-                _, y = add_norm(join(x), None, norm)
+                total |= stream.total()
+                _, normed = add_norm(join(total), None, norm)
             else:
                 (modality,) = parts
-                added, factor = (None if each is None else each[modality] for each in stream[1:])
-                one, y = add_norm(parts[modality], added, norm, factor)
-                x = {modality: one}
-            total |= x
-            normed |= cut(y, parts)
-        return total, normed
+                x, added, factor = stream.of(modality)
+                total[modality], normed = add_norm(x, added, norm, factor)
+            y |= cut(copy.linear(normed) if isinstance(copy, NormLinear) else normed, parts)
+        return total, y
 
 
 def join(parts: Parts) -> Float[Tensor, "B S _"]:
@@ -109,7 +108,7 @@ class NormLinear(nn.Module):
         self.linear = nn.Linear(in_dim, out_dim)
 
     def forward(self, x: Float[Tensor, "*batch in_dim"]) -> Float[Tensor, "*batch out_dim"]:
-        return self.linear(self.norm(x))
+        return self.linear(add_norm(x, None, self.norm)[1])
 
 
 class MultiwayFFN(nn.Module):

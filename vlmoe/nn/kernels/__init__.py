@@ -126,14 +126,20 @@ def linear_gelu_norm(
     """norm(GELU(linear(x))). On a GPU in 16 bits all behind the product is one kernel, which leaves 16 bits also under
     autocast, and whose GELU is within 3e-4 of the exact one."""
     dim = linear.out_features
-    fits = HAS_TRITON and dim <= LONGEST_ROW and linear.bias is not None
-    if not (x.is_cuda and product_dtype(x).itemsize == 2 and fits):
+    if linear.bias is None or not _norms_rows(x, dim):
         return norm(F.gelu(linear(x)))
     from vlmoe.nn.kernels import norm_ops
 
     hidden = F.linear(x, linear.weight)
     y, _, _ = norm_ops.gelu_norm(hidden.reshape(-1, dim), linear.bias, norm.weight, norm.bias, norm.eps)
     return y.view(hidden.shape)
+
+
+def residual_sum(
+    x: Float[Tensor, "*batch dim"], y: Float[Tensor, "*batch dim"] | None, factor: Float[Tensor, "..."] | None
+) -> Float[Tensor, "*batch dim"]:
+    """x + y * factor, as in `add_norm`, in torch's operators."""
+    return x if y is None else x + (y if factor is None else y * factor)
 
 
 def add_norm(
@@ -149,16 +155,20 @@ def add_norm(
         factor: one value for each of the first axes of x, such as [B, 1, 1] for x [B, S, dim]; no gradient reaches it.
     """
     dim, dtype = x.shape[-1], product_dtype(x)
-    if not (x.is_cuda and dtype.itemsize == 2 and HAS_TRITON and dim <= LONGEST_ROW):
-        if y is not None:
-            x = x + (y if factor is None else y * factor)
-        return x, norm(x)
+    if not _norms_rows(x, dim):
+        total = residual_sum(x, y, factor)
+        return total, norm(total)
     from vlmoe.nn.kernels import norm_ops
 
     added = None if y is None else y.reshape(-1, dim)
     factors = None if factor is None else factor.flatten()
     total, normed, _, _ = norm_ops.add_norm(x.reshape(-1, dim), added, factors, norm.weight, norm.bias, norm.eps, dtype)
     return x if y is None else total.view(x.shape), normed.view(x.shape)
+
+
+def _norms_rows(x: Tensor, dim: int) -> bool:
+    """Whether the kernels of norms run on rows of `dim` columns in the dtype of a product of x."""
+    return x.is_cuda and product_dtype(x).itemsize == 2 and HAS_TRITON and dim <= LONGEST_ROW
 
 
 @torch.compiler.assume_constant_result

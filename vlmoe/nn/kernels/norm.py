@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from vlmoe.nn.kernels.activations import activate, activate_with_slope
-from vlmoe.nn.kernels.expert_mlp import load_vector
+from vlmoe.nn.kernels.expert_mlp import load_rows, load_vector, store_rows
 
 
 @triton.jit
@@ -59,19 +59,6 @@ def gelu_norm_gradients(dy, x, shift, weight, means, scales, dx, parts, rows, DI
 
 
 @triton.jit
-def load_tile(x, row, rows, column, DIM: tl.constexpr):
-    """[rows, columns] in float32, zero outside."""
-    at = x + row.to(tl.int64)[:, None] * DIM + column[None, :]
-    return tl.load(at, mask=(row < rows)[:, None] & (column < DIM)[None, :], other=0.0).to(tl.float32)
-
-
-@triton.jit
-def store_tile(x, value, row, rows, column, DIM: tl.constexpr):
-    at = x + row.to(tl.int64)[:, None] * DIM + column[None, :]
-    tl.store(at, value.to(x.dtype.element_ty), mask=(row < rows)[:, None] & (column < DIM)[None, :])
-
-
-@triton.jit
 def add_norm(x, y, factor, weight, bias, total, normed, means, scales, rows, rows_per_factor, eps, ADDS: tl.constexpr,
              FACTORS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
     """total = x + factor * y, and its norm: weight * (total - mean) * scale + bias, with scale = 1 / sqrt(variance + eps)."""
@@ -79,19 +66,20 @@ def add_norm(x, y, factor, weight, bias, total, normed, means, scales, rows, row
     w, b = load_vector(weight, column, False, DIM), load_vector(bias, column, False, DIM)
     for first in tl.range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS):
         row = first + tl.arange(0, ROWS)
-        h = load_tile(x, row, rows, column, DIM)
+        at, valid = row.to(tl.int64), row < rows
+        h = load_rows(x, at, valid, column, False, DIM).to(tl.float32)
         if ADDS:
-            added = load_tile(y, row, rows, column, DIM)
+            added = load_rows(y, at, valid, column, False, DIM).to(tl.float32)
             if FACTORS:
-                added *= tl.load(factor + row // rows_per_factor, mask=row < rows, other=0.0).to(tl.float32)[:, None]
+                added *= tl.load(factor + row // rows_per_factor, mask=valid, other=0.0).to(tl.float32)[:, None]
             h = (h + added).to(total.dtype.element_ty).to(tl.float32)
-            store_tile(total, h, row, rows, column, DIM)
+            store_rows(total, at, valid, column, h, False, DIM)
         mean = tl.sum(h, 1) / DIM
         centred = tl.where((column < DIM)[None, :], h - mean[:, None], 0.0)
         scale = tl.rsqrt(tl.sum(centred * centred, 1) / DIM + eps)
-        store_tile(normed, centred * scale[:, None] * w[None, :] + b[None, :], row, rows, column, DIM)
-        tl.store(means + row, mean, mask=row < rows)
-        tl.store(scales + row, scale, mask=row < rows)
+        store_rows(normed, at, valid, column, centred * scale[:, None] * w[None, :] + b[None, :], False, DIM)
+        tl.store(means + row, mean, mask=valid)
+        tl.store(scales + row, scale, mask=valid)
 
 
 @triton.jit
@@ -104,22 +92,23 @@ def add_norm_gradients(d_normed, d_total, total, factor, weight, means, scales, 
     dw, db = tl.zeros([ROWS, WIDTH], tl.float32), tl.zeros([ROWS, WIDTH], tl.float32)
     for first in tl.range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS):
         row = first + tl.arange(0, ROWS)
-        mean = tl.load(means + row, mask=row < rows, other=0.0)
-        scale = tl.load(scales + row, mask=row < rows, other=0.0)
-        centred = load_tile(total, row, rows, column, DIM) - mean[:, None]
+        at, valid = row.to(tl.int64), row < rows
+        mean = tl.load(means + row, mask=valid, other=0.0)
+        scale = tl.load(scales + row, mask=valid, other=0.0)
+        centred = load_rows(total, at, valid, column, False, DIM).to(tl.float32) - mean[:, None]
         n = tl.where((column < DIM)[None, :], centred * scale[:, None], 0.0)
-        g = load_tile(d_normed, row, rows, column, DIM)
+        g = load_rows(d_normed, at, valid, column, False, DIM).to(tl.float32)
         dw += g * n
         db += g
         g *= w[None, :]
         d = (g - (tl.sum(g, 1) / DIM)[:, None] - n * (tl.sum(g * n, 1) / DIM)[:, None]) * scale[:, None]
         if ADDS:
-            d += load_tile(d_total, row, rows, column, DIM)
-        store_tile(dx, d, row, rows, column, DIM)
+            d += load_rows(d_total, at, valid, column, False, DIM).to(tl.float32)
+        store_rows(dx, at, valid, column, d, False, DIM)
         if ADDS:
             if FACTORS:
-                d *= tl.load(factor + row // rows_per_factor, mask=row < rows, other=0.0).to(tl.float32)[:, None]
-            store_tile(dy, d, row, rows, column, DIM)
+                d *= tl.load(factor + row // rows_per_factor, mask=valid, other=0.0).to(tl.float32)[:, None]
+            store_rows(dy, at, valid, column, d, False, DIM)
     parts += tl.program_id(0) * 2 * DIM + column
     tl.store(parts, tl.sum(dw, 0), mask=column < DIM)
     tl.store(parts + DIM, tl.sum(db, 0), mask=column < DIM)

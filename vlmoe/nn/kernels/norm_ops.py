@@ -134,9 +134,9 @@ def _sum_gradients(ctx: Any, d_total: Tensor, d_normed: Tensor, *_: Any) -> tupl
 add_norm.register_autograd(_sum_gradients, setup_context=_save_sum)
 
 
-def _new(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _new(x: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor, Tensor]:
     by_row = x.new_empty(x.shape[0], dtype=torch.float32)
-    return x.new_empty(x.shape), by_row, torch.empty_like(by_row)
+    return x.new_empty(x.shape, dtype=dtype), by_row, torch.empty_like(by_row)
 
 
 def _constants(x: Tensor) -> dict[str, int]:
@@ -149,9 +149,7 @@ def _programs(x: Tensor, per_processor: int) -> int:
 
 
 def _new_sum(x: Tensor, y: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    total = x.new_empty(0 if y is None else x.shape)
-    means = x.new_empty(x.shape[0], dtype=torch.float32)
-    return total, x.new_empty(x.shape, dtype=dtype), means, torch.empty_like(means)
+    return x.new_empty(0 if y is None else x.shape), *_new(x, dtype)
 
 
 def _new_gradients(total: Tensor, d_total: Tensor | None, y_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -163,7 +161,6 @@ def _rows_per(factor: Tensor | None, x: Tensor) -> int:
 
 
 def _sum_constants(x: Tensor, added: Tensor | None, factor: Tensor | None) -> dict[str, int | bool]:
-    width = power_of_two(x.shape[1])
-    flags = {"ADDS": added is not None, "FACTORS": factor is not None}
-    tile = {"ROWS": max(1, 2048 // width), "num_warps": max(1, width // 1024)}
-    return {"DIM": x.shape[1], "WIDTH": width} | tile | flags
+    constants = _constants(x)
+    tile = {"ROWS": max(1, 2048 // constants["WIDTH"]), "num_warps": max(1, constants["WIDTH"] // 1024)}
+    return constants | tile | {"ADDS": added is not None, "FACTORS": factor is not None}
