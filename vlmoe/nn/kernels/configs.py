@@ -27,6 +27,7 @@ class HopperWeightTile(NamedTuple):
     block_f: int  # hidden rows of a weight gradient
     block_k: int  # slots per step
     stages: int  # steps' rows in shared memory
+    producer_registers: int
 
 
 class Split(NamedTuple):
@@ -80,9 +81,9 @@ def hopper_row_gradients_tile(dim: int, hidden: int) -> HopperTile | None:
 def hopper_weight_gradients_tile(dim: int) -> HopperWeightTile:
     """For the kernel of `hopper_weights`, which runs where that of `hopper` does."""
     return {
-        128: HopperWeightTile(64, 64, 4),
-        192: HopperWeightTile(64, 64, 3),
-        256: HopperWeightTile(64, 32, 4),
+        128: HopperWeightTile(64, 64, 4, 40),
+        192: HopperWeightTile(64, 64, 3, 56),
+        256: HopperWeightTile(64, 32, 4, 56),
     }[dim]
 
 
@@ -101,6 +102,10 @@ def hopper_forward_tile(dim: int, hidden: int) -> HopperTile | None:
     return None if tile is None or hidden % tile.block_n else tile
 
 
-def gate_tile(dim: int) -> tuple[int, int]:
+def gate_logits_tile(dim: int) -> tuple[int, int]:
     """Rows per step, and warps."""
-    return 64, 4 if dim <= 192 else 8
+    return (128, 8) if dim in (128, 256) else (64, 4 if dim <= 192 else 8)
+
+
+def gate_gradients_tile(dim: int) -> tuple[int, int]:
+    return (32, 4) if dim == 256 else (64, 4 if dim <= 192 else 8)

@@ -81,10 +81,9 @@ def load_slots(slots, place, end, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def row_offsets(slot, TOP_K: gl.constexpr, DIM: gl.constexpr, FIRST: gl.constexpr, WIDTH: gl.constexpr,
-                ROWS: gl.constexpr):  # fmt: skip
-    """Of columns FIRST to FIRST + WIDTH of the slots' rows."""
-    column = FIRST + gl.arange(0, WIDTH, gl.SliceLayout(0, ROWS))
+def row_offsets(slot, TOP_K: gl.constexpr, DIM: gl.constexpr, first, WIDTH: gl.constexpr, ROWS: gl.constexpr):
+    """Of WIDTH columns from `first` of the slots' rows."""
+    column = first + gl.arange(0, WIDTH, gl.SliceLayout(0, ROWS))
     return (slot // TOP_K).to(gl.int64)[:, None] * DIM + column[None, :]
 
 
@@ -110,13 +109,12 @@ def times_bias(dy_shared, bias, WIDTH: gl.constexpr, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def store_slots(dx, slot, place, end, acc, shared, DIM: gl.constexpr, FIRST: gl.constexpr, WIDTH: gl.constexpr,
-                ROWS: gl.constexpr):  # fmt: skip
-    """acc to its slots' rows of dx, through shared memory, so that neighbours store neighbours."""
+def store_slots(dx, slot, place, end, acc, shared, DIM: gl.constexpr, first, WIDTH: gl.constexpr, ROWS: gl.constexpr):
+    """acc to WIDTH columns from `first` of its slots' rows of dx, through shared memory, so that neighbours store neighbours."""
     shared.store(acc.to(dx.dtype.element_ty))
     values = shared.load(ROWS)
     valid = are_slots(place, end, ROWS)
-    column = FIRST + gl.arange(0, WIDTH, gl.SliceLayout(0, ROWS))
+    column = first + gl.arange(0, WIDTH, gl.SliceLayout(0, ROWS))
     gl.store(dx + slot.to(gl.int64)[:, None] * DIM + column[None, :], values, mask=valid[:, None])
 
 
@@ -138,6 +136,15 @@ def start_both(
     if D2 > 0:
         da = warpgroup_mma(dy2, out2.index(slot), da, is_async=True)
     return h, da
+
+
+@gluon.jit
+def in_registers(rows, D2: gl.constexpr, LAYOUT: gl.constexpr):
+    """As much of x and dy as fits, for `start_both`: products of 64 columns else wait for their shared memory."""
+    x1, x2, dy1, dy2 = rows
+    if D2 > 0:
+        x2 = x2.load(gl.DotOperandLayout(0, LAYOUT, 2))
+    return x1, x2, dy1, dy2
 
 
 @gluon.jit
@@ -193,12 +200,14 @@ def multiply(
     expert, place, end = find_tile(tiles, gl.program_id(0), HALF)
     slot1, slot2 = load_slots(slots, place, end, ROWS1), load_slots(slots, place, end, ROWS2)
     for tile in range(gl.program_id(0), tiles[3], gl.num_programs(0)):
+        # 0, which the compiler does not know, so that no address waits in registers from tile to tile
+        zero = (expert >> 31) * 64 if D2 > 0 else 0
         # every load is under way before the first is waited for
-        here, source = are_slots(place, end, ROWS1)[:, None], row_offsets(slot1, TOP_K, DIM, 0, D1, ROWS1)
+        here, source = are_slots(place, end, ROWS1)[:, None], row_offsets(slot1, TOP_K, DIM, zero, D1, ROWS1)
         x_rows1, dy_rows1 = gl.load(x + source, mask=here, other=0.0), gl.load(dy + source, mask=here, other=0.0)
         x_rows2, dy_rows2 = x_rows1, dy_rows1
         if D2 > 0:
-            here, source = are_slots(place, end, ROWS2)[:, None], row_offsets(slot2, TOP_K, DIM, D1, D2, ROWS2)
+            here, source = are_slots(place, end, ROWS2)[:, None], row_offsets(slot2, TOP_K, DIM, D1 + zero, D2, ROWS2)
             x_rows2, dy_rows2 = gl.load(x + source, mask=here, other=0.0), gl.load(dy + source, mask=here, other=0.0)
         slot = load_slots(slots, place, end, HIDDEN_MMA)
         valid = are_slots(place, end, HIDDEN_MMA)
@@ -210,9 +219,10 @@ def multiply(
             dy2.store(dy_rows2)
         fence_async_shared()
         barrier()
+        operands = in_registers(rows, D2, HIDDEN_MMA)
         biases = b_in + expert * HIDDEN + gl.arange(0, BLOCK_N, gl.SliceLayout(0, HIDDEN_MMA))
         bias = gl.load(biases)
-        h, da = start_both(rows, rings, full, zeros, step, D2, IN_SLOTS, OUT_SLOTS)
+        h, da = start_both(operands, rings, full, zeros, step, D2, IN_SLOTS, OUT_SLOTS)
         dweight = gl.zeros([HALF_ROWS], gl.float32, gl.SliceLayout(1, HIDDEN_MMA))
         if BIAS:
             part = db_parts + (tile * 2 + HALF).to(gl.int64) * DIM
@@ -232,7 +242,7 @@ def multiply(
             at = step % IN_SLOTS
             acc1, acc2 = add_product(dh.to(dtype), in1.index(at), in2.index(at), acc1, acc2, D2, MMA1, MMA2)
             step += 1
-            h, da = start_both(rows, rings, full, zeros, step, D2, IN_SLOTS, OUT_SLOTS)
+            h, da = start_both(operands, rings, full, zeros, step, D2, IN_SLOTS, OUT_SLOTS)
             bias = gl.load(biases + n + BLOCK_N)
             acc1, acc2 = wait_products(acc1, acc2, D2, IN_FLIGHT)
             barrier()
@@ -247,16 +257,21 @@ def multiply(
         expert, next_place, next_end = find_tile(tiles, tile + gl.num_programs(0), HALF)
         next_slot1 = load_slots(slots, next_place, next_end, ROWS1)
         next_slot2 = load_slots(slots, next_place, next_end, ROWS2)
-        slot1, slot2 = load_slots(slots, place, end, ROWS1), load_slots(slots, place, end, ROWS2)  # again: registers
+        # again, instead of in registers meanwhile
+        if D2 > 0:
+            _last, place, end = find_tile(tiles, tile, HALF)
+            slot, valid = load_slots(slots, place, end, HIDDEN_MMA), are_slots(place, end, HIDDEN_MMA)
+            weight = gl.load(weights + slot, mask=valid, other=0.0)
+        slot1, slot2 = load_slots(slots, place, end, ROWS1), load_slots(slots, place, end, ROWS2)
         gl.store(dweights + slot, dweight, mask=valid)
         acc1, acc2 = wait_products(acc1, acc2, D2, 0)
         barrier()
         mbarrier.arrive(in_empty.index(at))
         acc1 *= gl.convert_layout(weight, gl.SliceLayout(1, MMA1))[:, None]
-        store_slots(dx, slot1, place, end, acc1, x1, DIM, 0, D1, ROWS1)
+        store_slots(dx, slot1, place, end, acc1, x1, DIM, zero, D1, ROWS1)
         if D2 > 0:
             acc2 *= gl.convert_layout(weight, gl.SliceLayout(1, MMA2))[:, None]
-            store_slots(dx, slot2, place, end, acc2, x2, DIM, D1, D2, ROWS2)
+            store_slots(dx, slot2, place, end, acc2, x2, DIM, D1 + zero, D2, ROWS2)
         barrier()
         place, end, slot1, slot2 = next_place, next_end, next_slot1, next_slot2
 

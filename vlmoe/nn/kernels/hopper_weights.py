@@ -25,7 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from vlmoe.nn.kernels.activations import activate_with_slope
 from vlmoe.nn.kernels.configs import HopperWeightTile
-from vlmoe.nn.kernels.hopper import add_product, barrier, row_offsets, wait_products, with_weights
+from vlmoe.nn.kernels.hopper import add_product, barrier, wait_products, with_weights
 
 
 @gluon.jit
@@ -39,13 +39,20 @@ def slots_of(tables, tile, expert, behind, BLOCK_M: gl.constexpr):
 
 
 @gluon.jit
-def places_of_rows(slots, place, end, TOP_K: gl.constexpr, DIM: gl.constexpr, FIRST: gl.constexpr, WIDTH: gl.constexpr,
-                   BLOCK_K: gl.constexpr):  # fmt: skip
-    """Offsets of columns FIRST to FIRST + WIDTH of each slot's row; behind `end` those of row 0, whose weight is 0."""
-    ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [256 // WIDTH, WIDTH // 8], [4, 1], [1, 0])
-    place += gl.arange(0, BLOCK_K, gl.SliceLayout(1, ROWS))
-    slot = gl.load(slots + place, mask=place < end, other=0)
-    return row_offsets(slot, TOP_K, DIM, FIRST, WIDTH, ROWS)
+def rows_of(slots, place, end, BLOCK_K: gl.constexpr, TOP_K: gl.constexpr, DIM: gl.constexpr, ROWS: gl.constexpr):
+    """Where the rows of BLOCK_K slots begin, in eights of elements, so that 32 bits do; behind `end` row 0, of weight 0."""
+    at = gl.arange(0, BLOCK_K, gl.SliceLayout(1, ROWS))
+    slot = gl.load(slots + (gl.to_tensor(place).to(gl.int64) + at.to(gl.int64)), mask=at < end - place, other=0)
+    return slot.to(gl.uint32) // TOP_K * (DIM // 8)
+
+
+@gluon.jit
+def copy_rows(x, dy, x_shared, dy_shared, row, FIRST: gl.constexpr, WIDTH: gl.constexpr, ROWS: gl.constexpr):
+    """Columns FIRST to FIRST + WIDTH of the rows that begin at `row`, not waited for."""
+    column = FIRST + gl.arange(0, WIDTH, gl.SliceLayout(0, ROWS))
+    source = row.to(gl.int64)[:, None] * 8 + column[None, :]
+    async_copy.async_copy_global_to_shared(x_shared, x + source)
+    async_copy.async_copy_global_to_shared(dy_shared, dy + source)
 
 
 @gluon.jit
@@ -55,6 +62,8 @@ def stream_rows(
     BLOCK_F: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Fills the rings with x and dy, BLOCK_K slots per step, and before an expert's first step its two matrices."""
+    ROWS1: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D1, D1 // 8], [4, 1], [1, 0])
+    ROWS2: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D2, D2 // 8], [4, 1], [1, 0]) if D2 > 0 else ROWS1
     x, dy, slots = pointers
     in_desc1, in_desc2, out_desc1, out_desc2 = matrices
     in1, in2, out1, out2 = weights
@@ -76,18 +85,18 @@ def stream_rows(
             if D2 > 0:
                 tma.async_copy_global_to_shared(in_desc2, [expert * HIDDEN + column, D1], weights_full, in2)
                 tma.async_copy_global_to_shared(out_desc2, [expert * DIM + D1, column], weights_full, out2)
+            row1 = rows_of(slots, place, stop, BLOCK_K, TOP_K, DIM, ROWS1)
+            row2 = rows_of(slots, place, stop, BLOCK_K, TOP_K, DIM, ROWS2)
             for first in range(place, stop, BLOCK_K):
                 slot = step % STAGES
-                at1 = places_of_rows(slots, first, stop, TOP_K, DIM, 0, D1, BLOCK_K)
-                at2 = at1
-                if D2 > 0:
-                    at2 = places_of_rows(slots, first, stop, TOP_K, DIM, D1, D2, BLOCK_K)
+                # the next step's, before there is a place for this one's
+                next1 = rows_of(slots, first + BLOCK_K, stop, BLOCK_K, TOP_K, DIM, ROWS1)
+                next2 = rows_of(slots, first + BLOCK_K, stop, BLOCK_K, TOP_K, DIM, ROWS2)
                 mbarrier.wait(empty.index(slot), ((step // STAGES) & 1) ^ 1)
-                async_copy.async_copy_global_to_shared(x1.index(slot), x + at1)
-                async_copy.async_copy_global_to_shared(dy1.index(slot), dy + at1)
+                copy_rows(x, dy, x1.index(slot), dy1.index(slot), row1, 0, D1, ROWS1)
                 if D2 > 0:
-                    async_copy.async_copy_global_to_shared(x2.index(slot), x + at2)
-                    async_copy.async_copy_global_to_shared(dy2.index(slot), dy + at2)
+                    copy_rows(x, dy, x2.index(slot), dy2.index(slot), row2, D1, D2, ROWS2)
+                row1, row2 = next1, next2
                 async_copy.mbarrier_arrive(full.index(slot), increment_count=False)
                 step += 1
             item += 1
@@ -181,7 +190,12 @@ def accumulate(
             scales = tile_weights + tile * BLOCK_M + gl.arange(0, BLOCK_K, gl.SliceLayout(0, HIDDEN_MMA))
             scale = gl.load(scales)
             mbarrier.wait(weights_full, item & 1)
-            hidden = start_hidden(w1, w2, left1, left2, full, zeros, step, D2, STAGES)
+            if not FIRST and DIM <= 192:  # it has the registers, and shared memory is what both wait for
+                first1 = w1.load(gl.DotOperandLayout(0, HIDDEN_MMA, 2))
+                first2 = w2.load(gl.DotOperandLayout(0, HIDDEN_MMA, 2)) if D2 > 0 else first1
+            else:
+                first1, first2 = w1, w2
+            hidden = start_hidden(first1, first2, left1, left2, full, zeros, step, D2, STAGES)
             hidden = warpgroup_mma_wait(0, deps=[hidden])
             for first in range(0, stop - place - BLOCK_K, BLOCK_K):
                 left, sums = left_operand(
@@ -192,7 +206,7 @@ def accumulate(
                     left.to(dtype), right1.index(slot), right2.index(slot), acc1, acc2, D2, MMA1, MMA2
                 )
                 step += 1
-                hidden = start_hidden(w1, w2, left1, left2, full, zeros, step, D2, STAGES)
+                hidden = start_hidden(first1, first2, left1, left2, full, zeros, step, D2, STAGES)
                 scale = gl.load(scales + first + BLOCK_K)
                 acc1, acc2 = wait_products(acc1, acc2, D2, IN_FLIGHT)
                 barrier()
@@ -289,7 +303,8 @@ def weight_gradients(
 def constants(tile: HopperWeightTile) -> dict[str, int]:
     """A tile as the kernel's parameters."""
     shape = {"BLOCK_F": tile.block_f, "BLOCK_K": tile.block_k, "STAGES": tile.stages}
-    return shape | {"REGISTERS": 232, "PRODUCER_REGISTERS": 40}
+    producers = tile.producer_registers
+    return shape | {"REGISTERS": (504 - producers) // 2, "PRODUCER_REGISTERS": producers}
 
 
 def launch_weight_gradients(tile: HopperWeightTile, grid: tuple[int, int], arguments: Mapping[str, Any]) -> None:

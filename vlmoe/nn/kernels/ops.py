@@ -78,7 +78,7 @@ def gate_logits(x: Tensor, weight: Tensor) -> Tensor:
     x, weight = x.contiguous(), weight.contiguous()
     rows, dim, E = len(x), x.shape[1], len(weight)
     logits = _new_logits(x, weight)
-    block, warps = configs.gate_tile(dim)
+    block, warps = configs.gate_logits_tile(dim)
     programs = min(triton.cdiv(rows, block), 2 * multiprocessors(x.device))
     gate.gate_logits[(max(1, programs),)](
         x, weight, logits, rows, E, **_widths(dim), EXPERTS=max(16, power_of_two(E)), BLOCK=block, num_warps=warps
@@ -97,7 +97,7 @@ def gate_logits_backward(dlogits: Tensor, x: Tensor, weight: Tensor) -> tuple[Te
     dlogits, x, weight = dlogits.contiguous(), x.contiguous(), weight.contiguous()
     rows, dim, E = len(x), x.shape[1], len(weight)
     dx = torch.empty_like(x)
-    block, warps = configs.gate_tile(dim)
+    block, warps = configs.gate_gradients_tile(dim)
     programs = max(1, min(triton.cdiv(rows, block), 2 * multiprocessors(x.device)))
     parts = dlogits.new_empty(programs, dim, E)
     gate.gate_gradients[(programs,)](
@@ -163,7 +163,7 @@ def _counts_by_block(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, dict
     """[experts, blocks], and how slots are cut into blocks."""
     experts = power_of_two(num_experts)
     step = max(16, 16384 // experts)
-    steps = max(1, 4096 // step)
+    steps = max(1, 1024 // step)
     blocks = max(1, triton.cdiv(expert_ids.numel(), step * steps))
     counts = expert_ids.new_empty(num_experts, blocks, dtype=torch.int32)
     constants = {"EXPERTS": experts, "STEP": step, "STEPS": steps}
