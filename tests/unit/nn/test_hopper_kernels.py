@@ -51,7 +51,7 @@ def compiled(
     return done.metadata.shared, subprocess.run(command, capture_output=True, text=True, check=True).stderr
 
 
-@pytest.mark.parametrize("dim", [192, 256])
+@pytest.mark.parametrize("dim", [128, 192, 256])
 def test_they_compile_for_hopper(dim: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     first, second = configs.split_width(dim)
