@@ -110,7 +110,7 @@ def times_bias(dy_shared, bias, WIDTH: gl.constexpr, LAYOUT: gl.constexpr):
 
 @gluon.jit
 def store_slots(dx, slot, place, end, acc, shared, DIM: gl.constexpr, first, WIDTH: gl.constexpr, ROWS: gl.constexpr):
-    """acc to WIDTH columns from `first` of its slots' rows of dx, through shared memory, so that neighbours store neighbours."""
+    """acc to WIDTH columns from `first` of its slots' rows, through shared memory, so that neighbours store neighbours."""
     shared.store(acc.to(dx.dtype.element_ty))
     values = shared.load(ROWS)
     valid = are_slots(place, end, ROWS)
