@@ -238,7 +238,9 @@ def _doubled(tensor: Tensor) -> Tensor:
 
 
 @interpreted
-@pytest.mark.parametrize("rows, dim, E", [(150, 48, 5), (9, 192, 32), (70, 112, 20), (0, 16, 3)])
+@pytest.mark.parametrize(
+    "rows, dim, E", [(150, 48, 5), (9, 192, 32), (70, 112, 20), (0, 16, 3), (260, 128, 7), (150, 256, 32)]
+)
 def test_the_gate_is_a_product_in_float32(rows: int, dim: int, E: int) -> None:
     from vlmoe.nn.kernels import ops
 
