@@ -279,8 +279,8 @@ _linear_by_expert.register_autograd(_gradients, setup_context=_keep)
 
 
 def _by_expert(ends: Tensor, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Each expert's part of tensors in expert order, and at last the tail's. Cut at once: twenty slices of Python's take
-    as long as a small expert's product."""
+    """Each expert's part of tensors in expert order, and at last the tail's. Cut at once: slices one by one took 2 to 3 % of a
+    layer."""
     stops = ends.tolist()
     sizes = [stop - start for start, stop in zip([0, *stops], [*stops, len(tensors[0])], strict=True)]
     return zip(*(each.split(sizes) for each in tensors), strict=True)

@@ -140,7 +140,7 @@ def start_both(
 
 @gluon.jit
 def in_registers(rows, D2: gl.constexpr, LAYOUT: gl.constexpr):
-    """As much of x and dy as fits, for `start_both`: products of 64 columns else wait for their shared memory."""
+    """The operands of `start_both`, what fits of x in registers: products of 64 columns wait for shared memory."""
     x1, x2, dy1, dy2 = rows
     if D2 > 0:
         x2 = x2.load(gl.DotOperandLayout(0, LAYOUT, 2))

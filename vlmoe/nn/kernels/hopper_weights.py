@@ -303,7 +303,7 @@ def weight_gradients(
 def constants(tile: HopperWeightTile) -> dict[str, int]:
     """A tile as the kernel's parameters."""
     shape = {"BLOCK_F": tile.block_f, "BLOCK_K": tile.block_k, "STAGES": tile.stages}
-    producers = tile.producer_registers
+    producers = tile.producer_registers  # three groups of warps share 3 * 168 registers per thread
     return shape | {"REGISTERS": (504 - producers) // 2, "PRODUCER_REGISTERS": producers}
 
 
