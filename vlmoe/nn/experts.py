@@ -249,12 +249,12 @@ def _linear_by_expert_backward(
     """The gradients of rows, weight and bias (empty if there is none), each written once where it belongs."""
     grad_rows, grad_weight = torch.empty_like(rows), torch.empty_like(weight)
     grad_bias = weight.new_empty(weight.shape[:2] if has_bias else 0)
+    grad_biases = grad_bias.unbind() if has_bias else [None] * len(weight)
     parts = _by_expert(ends, grad, rows, grad_rows)
-    for w, dw, (dy, x, dx) in zip(weight.unbind(), grad_weight.unbind(), parts, strict=False):
+    for w, dw, db, (dy, x, dx) in zip(weight.unbind(), grad_weight.unbind(), grad_biases, parts, strict=False):
         torch.mm(dy, w, out=dx)
         torch.mm(dy.t(), x, out=dw)
-    if has_bias:
-        for db, (dy,) in zip(grad_bias.unbind(), _by_expert(ends, grad), strict=False):
+        if db is not None:
             torch.sum(dy, 0, out=db)
     return grad_rows, grad_weight, grad_bias
 

@@ -139,15 +139,6 @@ def start_both(
 
 
 @gluon.jit
-def in_registers(rows, D2: gl.constexpr, LAYOUT: gl.constexpr):
-    """The operands of `start_both`, what fits of x in registers: products of 64 columns wait for shared memory."""
-    x1, x2, dy1, dy2 = rows
-    if D2 > 0:
-        x2 = x2.load(gl.DotOperandLayout(0, LAYOUT, 2))
-    return x1, x2, dy1, dy2
-
-
-@gluon.jit
 def hidden_gradient(h, da, dweight, bias, BIAS: gl.constexpr, ACTIVATION: gl.constexpr):
     """dh / weight, and dweight with this block's part."""
     if BIAS:
@@ -219,7 +210,8 @@ def multiply(
             dy2.store(dy_rows2)
         fence_async_shared()
         barrier()
-        operands = in_registers(rows, D2, HIDDEN_MMA)
+        # the end of x in registers, where it fits: products of 64 columns wait for shared memory
+        operands = (x1, x2.load(gl.DotOperandLayout(0, HIDDEN_MMA, 2)) if D2 > 0 else x2, dy1, dy2)
         biases = b_in + expert * HIDDEN + gl.arange(0, BLOCK_N, gl.SliceLayout(0, HIDDEN_MMA))
         bias = gl.load(biases)
         h, da = start_both(operands, rings, full, zeros, step, D2, IN_SLOTS, OUT_SLOTS)

@@ -191,11 +191,11 @@ def accumulate(
             scale = gl.load(scales)
             mbarrier.wait(weights_full, item & 1)
             if not FIRST and DIM <= 192:  # it has the registers, and shared memory is what both wait for
-                first1 = w1.load(gl.DotOperandLayout(0, HIDDEN_MMA, 2))
-                first2 = w2.load(gl.DotOperandLayout(0, HIDDEN_MMA, 2)) if D2 > 0 else first1
+                held1 = w1.load(gl.DotOperandLayout(0, HIDDEN_MMA, 2))
+                held2 = w2.load(gl.DotOperandLayout(0, HIDDEN_MMA, 2)) if D2 > 0 else held1
             else:
-                first1, first2 = w1, w2
-            hidden = start_hidden(first1, first2, left1, left2, full, zeros, step, D2, STAGES)
+                held1, held2 = w1, w2
+            hidden = start_hidden(held1, held2, left1, left2, full, zeros, step, D2, STAGES)
             hidden = warpgroup_mma_wait(0, deps=[hidden])
             for first in range(0, stop - place - BLOCK_K, BLOCK_K):
                 left, sums = left_operand(
@@ -206,7 +206,7 @@ def accumulate(
                     left.to(dtype), right1.index(slot), right2.index(slot), acc1, acc2, D2, MMA1, MMA2
                 )
                 step += 1
-                hidden = start_hidden(first1, first2, left1, left2, full, zeros, step, D2, STAGES)
+                hidden = start_hidden(held1, held2, left1, left2, full, zeros, step, D2, STAGES)
                 scale = gl.load(scales + first + BLOCK_K)
                 acc1, acc2 = wait_products(acc1, acc2, D2, IN_FLIGHT)
                 barrier()
