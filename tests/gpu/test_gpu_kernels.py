@@ -192,10 +192,10 @@ def test_sixteen_million_slots():
 
 @pytest.mark.parametrize("rows, E, top_k", [(262_144, 32, 2), (1001, 7, 3), (3, 256, 1), (70_000, 256, 4)])
 def test_routing_equals_topk_and_stable_argsort(rows, E, top_k):
-    from vlmoe.nn.kernels import ops
+    from vlmoe.nn.kernels import routing_ops
 
     logits = torch.randn(rows, E, device="cuda").requires_grad_()
-    probs, ids = ops.top_k_softmax(logits, top_k)
+    probs, ids = routing_ops.top_k_softmax(logits, top_k)
     twin = logits.detach().clone().requires_grad_()
     want_ids = twin.argsort(dim=1, descending=True, stable=True)[:, :top_k]
     assert torch.equal(ids, want_ids)
@@ -206,12 +206,12 @@ def test_routing_equals_topk_and_stable_argsort(rows, E, top_k):
     want.backward(grad)
     torch.testing.assert_close(logits.grad, twin.grad, rtol=1e-4, atol=1e-6)
     ids[::3] = E
-    order, ends = ops.order_slots(ids, E)
+    order, ends = routing_ops.order_slots(ids, E)
     flat = ids.flatten()
     kept = int((flat < E).sum())
     assert torch.equal(order[:kept].long(), flat.argsort(stable=True)[:kept])
     assert torch.equal(ends.long(), flat.bincount(minlength=E + 1)[:E].cumsum(0))
-    assert torch.equal(ops.count_slots(ids, E), flat.bincount(minlength=E + 1)[:E])
+    assert torch.equal(routing_ops.count_slots(ids, E), flat.bincount(minlength=E + 1)[:E])
 
 
 @pytest.mark.parametrize("rows, dim", [(5001, 3072), (1, 8192), (70_000, 200), (0, 64)])
@@ -321,25 +321,41 @@ def test_attention_over_parts(B, num_vision, most, heads, head_dim, dtype):
 
 
 @pytest.mark.parametrize(
-    "rows, dim, E", [(262_144, 192, 32), (4099, 256, 32), (4097, 128, 7), (3000, 112, 33), (70, 64, 64), (1, 384, 64)]
+    "rows, dim, E, top_k",
+    [
+        (262_144, 192, 32, 2),
+        (4099, 256, 32, 2),
+        (4097, 128, 7, 3),
+        (3000, 112, 33, 1),
+        (70, 64, 64, 4),
+        (1, 256, 32, 2),
+    ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_gate_is_a_product_in_float32(rows, dim, E, dtype):
-    from vlmoe.nn.kernels import gate_logits
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_gate_is_a_product_in_float32(rows, dim, E, top_k, dtype, compiled):
+    """All of the router: gate, softmax and top-k, and the rows that it hands on to the experts."""
+    from vlmoe.nn.router import TopKRouter
 
-    x = torch.randn(rows, dim, device="cuda").bfloat16()
-    weight = (torch.randn(E, dim, device="cuda") * 0.02).to(dtype)
-    grad = torch.randn(rows, E, device="cuda")
-    fast = [t.clone().requires_grad_() for t in (x, weight)]
-    slow = [t.double().requires_grad_() for t in (x, weight)]
-    logits, want = gate_logits(*fast), F.linear(*slow)
-    logits.backward(grad)
-    want.backward(grad.double())
+    router = TopKRouter(dim, E, top_k, normalize_weights=False).cuda().to(dtype)
+    weight, x = router.gate.weight, torch.randn(rows, dim, device="cuda").bfloat16().requires_grad_()
+
+    def route(x):
+        routing, rows = router.route(x)
+        return routing.logits, routing.weights, routing.expert_ids, rows
+
+    logits, probs, ids, same_x = (torch.compile(route, fullgraph=True) if compiled else route)(x)
+    slow_x, slow_weight = (t.detach().double().requires_grad_() for t in (x, weight))
+    want = F.linear(slow_x, slow_weight)
+    want_probs = want.softmax(-1).gather(1, ids)
     assert logits.dtype == torch.float32
-    assert error(logits, want) <= 1e-6
+    assert error(logits, want) <= 1e-6 and error(probs, want_probs) <= 3e-6 and torch.equal(same_x, x)
     top = want.sort(descending=True).values
-    settled = top[:, 1] - top[:, 2] > 1e-5  # the others are decided by rounding
-    assert torch.equal(logits.topk(2).indices[settled].sort().values, want.topk(2).indices[settled].sort().values)
-    for ours, right in zip(fast, slow, strict=True):
+    settled = top[:, top_k - 1] - top[:, top_k] > 1e-5  # the others are decided by rounding
+    assert torch.equal(ids[settled].sort().values, want.topk(top_k).indices[settled].sort().values)
+    grads = [torch.randn_like(t) for t in (logits, probs, same_x)]
+    torch.autograd.backward([logits, probs, same_x], grads)
+    torch.autograd.backward([want, want_probs, slow_x], [g.double() for g in grads])
+    for ours, right in ((x, slow_x), (weight, slow_weight)):
         assert ours.grad.dtype == ours.dtype
         assert error(ours.grad, right.grad) <= 1.01 * error(right.grad.to(ours.dtype), right.grad) + 2e-5

@@ -77,7 +77,7 @@ class MoE(nn.Module):
     ) -> tuple[Float[Tensor, "*batch dim"], Routing]:
         """Layer output and routing. Padding passes no routed expert and has no influence on other tokens."""
         rows = x.reshape(-1, x.shape[-1])
-        routing = self.router(rows, None if is_padding is None else is_padding.reshape(-1))
+        routing, rows = self.router.route(rows, None if is_padding is None else is_padding.reshape(-1))
         expert_ids = routing.expert_ids
         if routing.kept is not None:
             expert_ids = torch.where(routing.kept, expert_ids, routing.num_experts)

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from vlmoe.nn.dispatch import order_slots
-from vlmoe.nn.kernels import count_slots, gate_logits, top_k_softmax, widened
+from vlmoe.nn.kernels import chooses_in_one_kernel, count_slots, gate_top_k, top_k_softmax, widened
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,8 @@ class LinearGate(nn.Module):
         self.weight = nn.Parameter(nn.init.trunc_normal_(torch.empty(num_experts, dim), std=0.02))
 
     def forward(self, x: Float[Tensor, "rows dim"]) -> Float[Tensor, "rows experts"]:
-        return gate_logits(x, self.weight)
+        x = widened(x)
+        return F.linear(x, self.weight.to(x.dtype))
 
 
 class XMoEGate(nn.Module):
@@ -153,9 +154,18 @@ class TopKRouter(nn.Module):
         self.capacity_factor = capacity_factor
 
     def forward(self, x: Float[Tensor, "rows dim"], is_padding: Bool[Tensor, " rows"] | None = None) -> Routing:
+        return self.route(x, is_padding)[0]
+
+    def route(
+        self, x: Float[Tensor, "rows dim"], is_padding: Bool[Tensor, " rows"] | None = None
+    ) -> tuple[Routing, Float[Tensor, "rows dim"]]:
+        """The routing, and x for the experts: on a GPU their gradient of it and the gate's are then one tensor's."""
         with torch.autocast(x.device.type, enabled=False):
-            logits = self.gate(x)
-            weights, expert_ids = top_k_softmax(logits, self.top_k)
+            if isinstance(self.gate, LinearGate) and chooses_in_one_kernel(x, self.gate.weight):
+                logits, weights, expert_ids, x = gate_top_k(x, self.gate.weight, self.top_k)
+            else:
+                logits = self.gate(x)
+                weights, expert_ids = top_k_softmax(logits, self.top_k)
             if self.normalize_weights:
                 weights = weights / weights.sum(-1, keepdim=True)
         kept = None if is_padding is None else ~is_padding[:, None].expand_as(expert_ids)
@@ -163,7 +173,7 @@ class TopKRouter(nn.Module):
             kept = _within_capacity(expert_ids, logits.shape[1], self.capacity_factor, kept)
         if kept is not None:
             weights = torch.where(kept, weights, 0)
-        return Routing(logits, weights, expert_ids, kept, is_padding)
+        return Routing(logits, weights, expert_ids, kept, is_padding), x
 
 
 def _within_capacity(expert_ids: Tensor, num_experts: int, capacity_factor: float, is_real: Tensor | None) -> Tensor:

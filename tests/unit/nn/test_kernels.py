@@ -137,13 +137,13 @@ def test_segments_fill_the_multiprocessors(blocks: int, multiprocessors: int, se
 @interpreted
 @pytest.mark.parametrize("rows, E, top_k", [(300, 7, 3), (40, 32, 2), (9, 1, 1)])
 def test_routing_is_top_k_and_a_stable_sort(rows: int, E: int, top_k: int) -> None:
-    from vlmoe.nn.kernels import ops
+    from vlmoe.nn.kernels import routing_ops
 
     torch.manual_seed(rows)
     logits = torch.randn(rows, E)
     logits[::4] = logits[::4].round()  # ties
     fast, slow = logits.clone().requires_grad_(), logits.clone().requires_grad_()
-    probs, ids = ops.top_k_softmax(fast, top_k)
+    probs, ids = routing_ops.top_k_softmax(fast, top_k)
     want_ids = logits.argsort(dim=1, descending=True, stable=True)[:, :top_k]
     assert torch.equal(ids, want_ids)
     want = slow.softmax(-1).gather(1, want_ids)
@@ -154,12 +154,12 @@ def test_routing_is_top_k_and_a_stable_sort(rows: int, E: int, top_k: int) -> No
     torch.testing.assert_close(fast.grad, slow.grad)
 
     ids[::5] = E
-    order, ends = ops.order_slots(ids, E)
+    order, ends = routing_ops.order_slots(ids, E)
     flat = ids.flatten()
     kept = int((flat < E).sum())
     assert torch.equal(order[:kept].long(), flat.argsort(stable=True)[:kept])
     assert torch.equal(ends.long(), flat.bincount(minlength=E + 1)[:E].cumsum(0))
-    assert torch.equal(ops.count_slots(ids, E), ends.long().diff(prepend=ends.new_zeros(1)))
+    assert torch.equal(routing_ops.count_slots(ids, E), ends.long().diff(prepend=ends.new_zeros(1)))
 
 
 @interpreted
@@ -238,25 +238,36 @@ def _doubled(tensor: Tensor) -> Tensor:
 
 
 @interpreted
+@pytest.mark.parametrize("given", ["all", "logits", "probs", "rows"])
 @pytest.mark.parametrize(
-    "rows, dim, E", [(150, 48, 5), (9, 192, 32), (70, 112, 20), (0, 16, 3), (260, 128, 7), (150, 256, 32)]
+    "rows, dim, E, top_k",
+    [(150, 48, 5, 2), (9, 192, 32, 2), (70, 112, 20, 3), (0, 16, 3, 1), (260, 128, 7, 7), (150, 256, 32, 1)],
 )
-def test_the_gate_is_a_product_in_float32(rows: int, dim: int, E: int) -> None:
-    from vlmoe.nn.kernels import ops
+def test_the_gate_is_a_product_in_float32(rows: int, dim: int, E: int, top_k: int, given: str) -> None:
+    """With the top-k of its softmax. Gradients reach it by all its outputs, or by some."""
+    from vlmoe.nn.kernels import gate_top_k
 
     torch.manual_seed(rows)
-    x, weight, grad = torch.randn(rows, dim).half(), torch.randn(E, dim) * 0.02, torch.randn(rows, E)
+    x, weight = torch.randn(rows, dim).half(), torch.randn(E, dim) * 0.02
     fast_x, fast_weight = x.clone().requires_grad_(), weight.clone().requires_grad_()
-    logits = ops.gate_logits(fast_x, fast_weight)
-    logits.backward(grad)
+    logits, probs, ids, same_x = gate_top_k(fast_x, fast_weight, top_k)
     slow_x, slow_weight = x.double().requires_grad_(), weight.double().requires_grad_()
     want = F.linear(slow_x, slow_weight)
-    want.backward(grad.double())
-    assert fast_x.grad is not None and slow_x.grad is not None and fast_x.grad.dtype == x.dtype
-    assert fast_weight.grad is not None and slow_weight.grad is not None
+    assert torch.equal(ids, logits.argsort(dim=1, descending=True, stable=True)[:, :top_k])
+    want_probs = want.softmax(-1).gather(1, ids)
     assert (logits - want).norm() <= 1e-5 * want.norm()  # parts of float16, which is narrower than bfloat16
-    assert (fast_weight.grad - slow_weight.grad).norm() <= 1e-5 * slow_weight.grad.norm()
+    assert (probs - want_probs).norm() <= 1e-5 * want_probs.norm()
+    assert torch.equal(same_x, x)
+
+    pairs = {"logits": (logits, want), "probs": (probs, want_probs), "rows": (same_x, slow_x)}
+    grads = {name: torch.randn_like(ours) for name, (ours, _) in pairs.items() if given in (name, "all")}
+    torch.autograd.backward([pairs[name][0] for name in grads], list(grads.values()))
+    torch.autograd.backward([pairs[name][1] for name in grads], [grad.double() for grad in grads.values()])
+    assert fast_x.grad is not None and slow_x.grad is not None and fast_x.grad.dtype == x.dtype
     assert (fast_x.grad - slow_x.grad).norm() <= 1e-3 * slow_x.grad.norm()  # rounded to 16 bits
+    if given != "rows":
+        assert fast_weight.grad is not None and slow_weight.grad is not None
+        assert (fast_weight.grad - slow_weight.grad).norm() <= 1e-5 * slow_weight.grad.norm()
 
 
 @interpreted
@@ -286,19 +297,21 @@ def test_autocast_checkpointing_and_one_graph(compiled: bool) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_what_a_compiler_expects_of_each_operator_is_what_it_returns(dtype: torch.dtype) -> None:
     """Shapes, dtypes and strides: compiled code asserts them."""
-    from vlmoe.nn.kernels import attention_ops, norm_ops, ops
+    from vlmoe.nn.kernels import attention_ops, norm_ops, ops, routing_ops
 
     def check(operator: Any, *arguments: Any) -> Any:
         torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
         return operator(*arguments)
 
     x, gate = torch.randn(20, 32).half(), torch.randn(3, 32).to(dtype)
-    logits = check(ops.gate_logits, x, gate)
-    check(ops.gate_logits_backward, torch.randn(20, 3), x, gate)
-    check(ops.gate_logits_backward, torch.randn(3, 20).t(), torch.randn(32, 20).half().t(), gate)
-    probs, ids = check(ops.top_k_softmax, logits, 2)
-    check(ops.top_k_softmax_backward, logits, ids, torch.randn(2, 20).t())
-    check(ops.count_slots, ids.t(), 3)
+    logits, probs, ids = check(routing_ops.gate_top_k, x, gate, 2)
+    check(routing_ops.gate_top_k_backward, x, gate, logits, ids, torch.randn(20, 3), None, x.t().contiguous().t())
+    check(
+        routing_ops.gate_top_k_backward, x.t().contiguous().t(), gate, logits, ids, None, torch.randn(2, 20).t(), None
+    )
+    probs, ids = check(routing_ops.top_k_softmax, logits, 2)
+    check(routing_ops.top_k_softmax_backward, logits, ids, torch.randn(2, 20).t())
+    check(routing_ops.count_slots, ids.t(), 3)
     y, means, scales = check(norm_ops.gelu_norm, x, gate[0], gate[1], gate.t()[:, 0], 1e-5)
     check(norm_ops.gelu_norm_backward, y.t().contiguous().t(), x, gate[0], gate[1], means, scales)
     for added in (x.t().contiguous().t(), None):
@@ -312,7 +325,7 @@ def test_what_a_compiler_expects_of_each_operator_is_what_it_returns(dtype: torc
     odd = torch.empty(parts[1].numel() + 1).half()[1:].view_as(parts[1]).copy_(parts[1])  # not at a multiple of 16
     assert torch.equal(attention_ops.attend_parts(parts[0], odd, parts[2], 1, 6)[1], outputs[1])
     check(attention_ops.attend_parts_backward, *outputs, *parts, *outputs, sums, 6)
-    order, ends = check(ops.order_slots, ids, 3)
+    order, ends = check(routing_ops.order_slots, ids, 3)
     bank = [torch.randn(3, 16, 32).half(), torch.randn(3, 32, 16).half(), torch.randn(3, 16).half()]
     bank += [torch.randn(3, 32).half(), torch.randn(3, 16, 32).half(), torch.randn(3, 16).half()]
     for gated, activation in ((bank, "swiglu"), ([*bank[:4], None, None], "gelu")):

@@ -38,9 +38,9 @@ def triton_experts(
     """
     if problem := triton_problem(x, bank.w_in.shape[1]):
         raise ValueError(problem)
-    from vlmoe.nn.kernels import ops
+    from vlmoe.nn.kernels import ops, routing_ops
 
-    order, ends = ops.order_slots(expert_ids, len(bank.w_in))
+    order, ends = routing_ops.order_slots(expert_ids, len(bank.w_in))
     return ops.expert_mlp(
         x, expert_ids, weights, order, ends, bank.w_in, bank.w_out, bank.b_in, bank.b_out, bank.w_gate, bank.b_gate,
         activation,
@@ -75,19 +75,6 @@ def widened(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def gate_logits(x: Float[Tensor, "rows dim"], weight: Float[Tensor, "experts dim"]) -> Float[Tensor, "rows experts"]:
-    """`F.linear` in float32 (float64 for float64 x); for bfloat16 rows on a large GPU without their float32 copy."""
-    experts, dim = weight.shape
-    fits = dim % 16 == 0 and 64 <= dim <= 256 and experts <= (64 if dim <= 128 else 32)  # in shared memory
-    runs = x.is_cuda and x.dtype == torch.bfloat16 and HAS_TRITON and _shared_memory(x.device.index) >= LEAST_SHARED
-    if not (fits and runs):
-        x = widened(x)
-        return F.linear(x, weight.to(x.dtype))
-    from vlmoe.nn.kernels import ops
-
-    return ops.gate_logits(x, weight)
-
-
 def top_k_softmax(
     logits: Float[Tensor, "rows experts"], top_k: int
 ) -> tuple[Float[Tensor, "rows top_k"], Int[Tensor, "rows top_k"]]:
@@ -95,17 +82,37 @@ def top_k_softmax(
     if not logits.is_cuda or logits.dtype != torch.float32 or not HAS_TRITON:
         probs, expert_ids = logits.softmax(-1).topk(top_k, dim=-1)
         return probs, expert_ids
-    from vlmoe.nn.kernels import ops
+    from vlmoe.nn.kernels import routing_ops
 
-    return ops.top_k_softmax(logits, top_k)
+    return routing_ops.top_k_softmax(logits, top_k)
+
+
+def chooses_in_one_kernel(x: Float[Tensor, "rows dim"], weight: Float[Tensor, "experts dim"]) -> bool:
+    """Whether `gate_top_k` can run: on bfloat16 rows on a large GPU, in its shared memory."""
+    experts, dim = weight.shape
+    fits = dim % 16 == 0 and 64 <= dim <= 256 and experts <= (64 if dim <= 128 else 32)
+    runs = x.is_cuda and x.dtype == torch.bfloat16 and HAS_TRITON
+    return fits and runs and _shared_memory(x.device.index) >= LEAST_SHARED
+
+
+def gate_top_k(
+    x: Float[Tensor, "rows dim"], weight: Float[Tensor, "experts dim"], top_k: int
+) -> tuple[
+    Float[Tensor, "rows experts"], Float[Tensor, "rows top_k"], Int[Tensor, "rows top_k"], Float[Tensor, "rows dim"]
+]:
+    """`F.linear` in float32, without a float32 copy of the rows; its `top_k_softmax`; and x, which experts had better read
+    from here: their gradient is then added by the kernel that makes the gate's."""
+    from vlmoe.nn.kernels import routing_ops
+
+    return routing_ops.GateTopK.apply(x, weight, top_k)
 
 
 def count_slots(expert_ids: Int[Tensor, "rows top_k"], num_experts: int) -> Int[Tensor, " experts"]:
     """Slots of each expert; one whose id is `num_experts` has none. On a GPU without atomics, which wait for each other."""
     if expert_ids.is_cuda and HAS_TRITON:
-        from vlmoe.nn.kernels import ops
+        from vlmoe.nn.kernels import routing_ops
 
-        return ops.count_slots(expert_ids, num_experts)
+        return routing_ops.count_slots(expert_ids, num_experts)
     if expert_ids.is_cpu and not torch.compiler.is_compiling():  # 20 times faster there, but waits elsewhere
         return torch.bincount(expert_ids.flatten(), minlength=num_experts)[:num_experts]
     counts = expert_ids.new_zeros(num_experts + 1)

@@ -30,6 +30,13 @@ class HopperWeightTile(NamedTuple):
     producer_registers: int
 
 
+class GateTile(NamedTuple):
+    block: int  # rows per step
+    warps: int
+    stages: int  # depth of the load pipeline
+    programs: int  # per multiprocessor
+
+
 class Split(NamedTuple):
     """A width as the sum of two powers of two, padded where it is none."""
 
@@ -46,6 +53,12 @@ def split_width(dim: int) -> Split:
     first = 1 << (dim.bit_length() - 1)
     rest = dim - first
     return Split(first, max(16, 1 << (rest - 1).bit_length()) if rest else 0)
+
+
+def widths(dim: int) -> dict[str, int]:
+    """A width as the kernels' parameters."""
+    first, second = split_width(dim)
+    return {"DIM": dim, "D1": first, "D2": second}
 
 
 def forward_tile(dim: int, gated: bool) -> Tile:
@@ -102,10 +115,11 @@ def hopper_forward_tile(dim: int, hidden: int) -> HopperTile | None:
     return None if tile is None or hidden % tile.block_n else tile
 
 
-def gate_logits_tile(dim: int) -> tuple[int, int]:
-    """Rows per step, and warps."""
-    return (128, 8) if dim in (128, 256) else (64, 4 if dim <= 192 else 8)
+def gate_top_k_tile(dim: int) -> GateTile:
+    if dim <= 128:
+        return GateTile(64, 4, 3, 2)
+    return GateTile(128, 8, 3, 1) if dim <= 192 else GateTile(64, 4, 3, 1)
 
 
-def gate_gradients_tile(dim: int) -> tuple[int, int]:
-    return (32, 4) if dim == 256 else (64, 4 if dim <= 192 else 8)
+def gate_gradients_tile(dim: int) -> GateTile:
+    return GateTile(32, 4, 3 if dim <= 192 else 2, 2)

@@ -6,6 +6,7 @@ weight gradients: `hopper_weights` makes that again. A tile of 128 slots is two 
 nowhere. Axes as there; D1 + D2 = dim.
 """
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -325,18 +326,25 @@ def row_gradients(
     )  # fmt: skip
 
 
-def describe(matrix: Tensor, block: list[int]) -> TensorDescriptor:
-    """All rows of a [.., rows, columns] tensor, for copies of `block`."""
-    layout = gl.NVMMASharedLayout.get_default_for(block, DTYPES[matrix.dtype])
-    return TensorDescriptor.from_tensor(matrix.view(-1, matrix.shape[-1]), block, layout)
+def describe(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """All of a [.., rows, columns] tensor, for copies of blocks."""
+    return TensorDescriptor.from_tensor(
+        matrix.view(-1, matrix.shape[-1]), [rows, columns], _layout(rows, columns, matrix.dtype)
+    )
+
+
+@functools.cache  # making one takes longer than all else of a descriptor
+def _layout(rows: int, columns: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout.get_default_for([rows, columns], DTYPES[dtype])
 
 
 def describe_weights(w_in: Tensor, w_out: Tensor, block_n: int) -> list[TensorDescriptor]:
     """For `stream_weights`; the second of each is not used where dim is a power of two."""
     first, second = split_width(w_in.shape[2])
-    widths = (first, second or first)
-    described = [describe(w_in, [block_n, width]) for width in widths]
-    return described + [describe(w_out, [width, block_n]) for width in widths]
+    ins, outs = describe(w_in, block_n, first), describe(w_out, first, block_n)
+    if not second:
+        return [ins, ins, outs, outs]
+    return [ins, describe(w_in, block_n, second), outs, describe(w_out, second, block_n)]
 
 
 def constants(tile: HopperTile) -> dict[str, int]:

@@ -1,6 +1,6 @@
 # pyright: reportCallIssue=false, reportArgumentType=false
 # (a launch takes plain values where the kernel's signature says constexpr)
-"""The kernels as `torch.library` operators with gradients, so that a compiled model stays one graph.
+"""The experts' kernels as `torch.library` operators with gradients, so that a compiled model stays one graph.
 
 Axes: `rows` of width `dim` with `top_k` slots each; `slots` = rows * top_k; `experts`; `hidden`.
 """
@@ -13,162 +13,13 @@ import torch
 import triton
 from torch import Tensor
 
-from vlmoe.nn.kernels import configs, gate, routing
+from vlmoe.nn.kernels import configs
 from vlmoe.nn.kernels import expert_mlp as forward_kernels
 from vlmoe.nn.kernels import expert_mlp_backward as backward_kernels
 from vlmoe.nn.kernels.launch import repeated
 from vlmoe.nn.kernels.tiles import Tiles, cut, multiprocessors, power_of_two
 
 GLUON_TRITON = "3.6."  # add another when tests/gpu passed on it
-
-
-@torch.library.custom_op("vlmoe::top_k_softmax", mutates_args=())
-def top_k_softmax(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """Softmax probabilities (float32) and ids of the `top_k` largest of float32 logits [rows, experts], best first.
-
-    Equal logits: the lower expert first.
-    """
-    logits = logits.contiguous()
-    rows, E = logits.shape
-    probs, ids = _new_top_k(logits, top_k)
-    block, experts = _row_block(E)
-    routing.top_k_softmax[(triton.cdiv(rows, block),)](logits, probs, ids, rows, E, top_k, experts, block)
-    return probs, ids
-
-
-@top_k_softmax.register_fake
-def _new_top_k(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    shape = (logits.shape[0], top_k)
-    return logits.new_empty(shape, dtype=torch.float32), logits.new_empty(shape, dtype=torch.int64)
-
-
-@torch.library.custom_op("vlmoe::top_k_softmax_backward", mutates_args=())
-def top_k_softmax_backward(logits: Tensor, expert_ids: Tensor, dprobs: Tensor) -> Tensor:
-    logits, dprobs = logits.contiguous(), dprobs.contiguous()
-    rows, E = logits.shape
-    dlogits = torch.empty_like(logits)
-    block, experts = _row_block(E)
-    routing.top_k_softmax_backward[(triton.cdiv(rows, block),)](
-        logits, expert_ids, dprobs, dlogits, rows, E, expert_ids.shape[1], experts, block
-    )
-    return dlogits
-
-
-@top_k_softmax_backward.register_fake
-def _(logits: Tensor, expert_ids: Tensor, dprobs: Tensor) -> Tensor:
-    return torch.empty_like(logits, memory_format=torch.contiguous_format)
-
-
-def _save_top_k(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(inputs[0], output[1])
-    ctx.mark_non_differentiable(output[1])
-
-
-def _top_k_gradient(ctx: Any, dprobs: Tensor, dids: Tensor | None) -> tuple[Tensor, None]:
-    logits, expert_ids = ctx.saved_tensors
-    return top_k_softmax_backward(logits, expert_ids, dprobs), None
-
-
-top_k_softmax.register_autograd(_top_k_gradient, setup_context=_save_top_k)
-
-
-@torch.library.custom_op("vlmoe::gate_logits", mutates_args=())
-def gate_logits(x: Tensor, weight: Tensor) -> Tensor:
-    """x [rows, dim] @ weight [experts, dim]^T in float32, for 16-bit x."""
-    x, weight = x.contiguous(), weight.contiguous()
-    rows, dim, E = len(x), x.shape[1], len(weight)
-    logits = _new_logits(x, weight)
-    block, warps = configs.gate_logits_tile(dim)
-    programs = min(triton.cdiv(rows, block), 2 * multiprocessors(x.device))
-    gate.gate_logits[(max(1, programs),)](
-        x, weight, logits, rows, E, **_widths(dim), EXPERTS=max(16, power_of_two(E)), BLOCK=block, num_warps=warps
-    )
-    return logits
-
-
-@gate_logits.register_fake
-def _new_logits(x: Tensor, weight: Tensor) -> Tensor:
-    return x.new_empty(x.shape[0], weight.shape[0], dtype=torch.float32)
-
-
-@torch.library.custom_op("vlmoe::gate_logits_backward", mutates_args=())
-def gate_logits_backward(dlogits: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of x and weight."""
-    dlogits, x, weight = dlogits.contiguous(), x.contiguous(), weight.contiguous()
-    rows, dim, E = len(x), x.shape[1], len(weight)
-    dx = torch.empty_like(x)
-    block, warps = configs.gate_gradients_tile(dim)
-    programs = max(1, min(triton.cdiv(rows, block), 2 * multiprocessors(x.device)))
-    parts = dlogits.new_empty(programs, dim, E)
-    gate.gate_gradients[(programs,)](
-        x, weight, dlogits, dx, parts, rows, E, **_widths(dim), EXPERTS=max(16, power_of_two(E)), BLOCK=block,
-        num_warps=warps,
-    )  # fmt: skip
-    return dx, parts.sum(0).t().contiguous().to(weight.dtype)
-
-
-@gate_logits_backward.register_fake
-def _(dlogits: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    return tuple(torch.empty_like(each, memory_format=torch.contiguous_format) for each in (x, weight))  # type: ignore
-
-
-def _save_gate(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _gate_gradient(ctx: Any, dlogits: Tensor) -> tuple[Tensor, Tensor]:
-    x, weight = ctx.saved_tensors
-    return gate_logits_backward(dlogits, x, weight)
-
-
-gate_logits.register_autograd(_gate_gradient, setup_context=_save_gate)
-
-
-@torch.library.custom_op("vlmoe::order_slots", mutates_args=())
-def order_slots(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    """Slots sorted by expert, stable, int32 [slots], and the place behind each expert's last slot, int32 [experts].
-
-    Slots whose id is `num_experts` have no place: as many entries at the end are uninitialised.
-    """
-    expert_ids = expert_ids.contiguous()
-    order, ends = _new_order(expert_ids, num_experts)
-    counts, constants = _counts_by_block(expert_ids, num_experts)
-    blocks = counts.shape[1]
-    behind = counts.flatten().cumsum(0, dtype=torch.int32).view_as(counts)
-    routing.place_slots[(blocks,)](
-        expert_ids, counts, behind, order, expert_ids.numel(), num_experts, blocks, **constants
-    )
-    ends.copy_(behind[:, -1])
-    return order, ends
-
-
-@order_slots.register_fake
-def _new_order(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    order = expert_ids.new_empty(expert_ids.shape[0] * expert_ids.shape[1], dtype=torch.int32)
-    return order, expert_ids.new_empty(num_experts, dtype=torch.int32)
-
-
-@torch.library.custom_op("vlmoe::count_slots", mutates_args=())
-def count_slots(expert_ids: Tensor, num_experts: int) -> Tensor:
-    """Slots of each expert, int64 [experts]; those whose id is `num_experts` have none."""
-    return _counts_by_block(expert_ids.contiguous(), num_experts)[0].sum(1)
-
-
-@count_slots.register_fake
-def _(expert_ids: Tensor, num_experts: int) -> Tensor:
-    return expert_ids.new_empty(num_experts, dtype=torch.int64)
-
-
-def _counts_by_block(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, dict[str, int]]:
-    """[experts, blocks], and how slots are cut into blocks."""
-    experts = power_of_two(num_experts)
-    step = max(16, 16384 // experts)
-    steps = max(1, 1024 // step)
-    blocks = max(1, triton.cdiv(expert_ids.numel(), step * steps))
-    counts = expert_ids.new_empty(num_experts, blocks, dtype=torch.int32)
-    constants = {"EXPERTS": experts, "STEP": step, "STEPS": steps}
-    routing.count_slots[(blocks,)](expert_ids, counts, expert_ids.numel(), num_experts, blocks, **constants)
-    return counts, constants
 
 
 @torch.library.custom_op("vlmoe::expert_mlp", mutates_args=())
@@ -202,7 +53,7 @@ def expert_mlp(
     else:
         forward_kernels.forward[(tiles.count,)](
             x, *at, weights, *bank, y, E,
-            TOP_K=top_k, HIDDEN=hidden, **_widths(dim), BIAS=bias, ACTIVATION=activation,
+            TOP_K=top_k, HIDDEN=hidden, **configs.widths(dim), BIAS=bias, ACTIVATION=activation,
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, STAGES=tile.stages, num_warps=tile.warps,
         )  # fmt: skip
     return _sum_slots(y, expert_ids, E)
@@ -247,7 +98,7 @@ def expert_mlp_backward(
         "x": x, "dy": dy, "slots": order, "ends": ends, "tile_expert": tiles.expert, "tile_place": tiles.place,
         "tile_base": tiles.base, "weights": weights, "dx": dx_slots, "dweights": dweights, "bias_parts": db_out_parts,
         **dict(zip(("w_in", "w_out", "w_gate", "b_in", "b_out", "b_gate"), bank, strict=True)),
-        "E": E, "TOP_K": expert_ids.shape[1], "HIDDEN": hidden, **_widths(dim), "BIAS": bias, "ACTIVATION": activation,
+        "E": E, "TOP_K": expert_ids.shape[1], "HIDDEN": hidden, **configs.widths(dim), "BIAS": bias, "ACTIVATION": activation,
     }  # fmt: skip
     if hopper_tile is None:
         dw_in, dw_out, dw_gate, db_in, db_gate = _backward_in_chunks(arguments, tiles, w_gate is not None)
@@ -257,8 +108,8 @@ def expert_mlp_backward(
     gradients = [_sum_slots(dx_slots, expert_ids, E), dweights, dw_in, dw_out, dw_gate]
     if bias:
         db_out = x.new_empty(E, dim)
-        backward_kernels.sum_tiles[(E, triton.cdiv(dim, 64))](
-            db_out_parts, db_out, tiles.base, dim, db_parts_per_tile, 16, 64
+        backward_kernels.sum_tiles[(E, triton.cdiv(dim, 32))](
+            db_out_parts, db_out, tiles.base, dim, db_parts_per_tile, 64, 32
         )
         gradients += [db_in, db_out, db_gate]
     return [each for each in gradients if each is not None]
@@ -365,21 +216,11 @@ def _sum_slots(y: Tensor, expert_ids: Tensor, E: int) -> Tensor:
     return out
 
 
-def _widths(dim: int) -> dict[str, int]:
-    first, second = configs.split_width(dim)
-    return {"DIM": dim, "D1": first, "D2": second}
-
-
 def _contiguous(
     w_in: Tensor, w_out: Tensor, w_gate: Tensor | None, b_in: Tensor | None, b_out: Tensor | None, b_gate: Tensor | None
 ) -> list[Tensor]:
     """In the kernels' order; one that is not there is never read, and `w_in` stands in its place."""
     return [(w_in if each is None else each).contiguous() for each in (w_in, w_out, w_gate, b_in, b_out, b_gate)]
-
-
-def _row_block(E: int) -> tuple[int, int]:
-    experts = power_of_two(E)
-    return max(1, 4096 // experts), experts
 
 
 def _runs_on_hopper(x: Tensor, bank: list[Tensor], bias: bool, activation: str) -> bool:

@@ -9,14 +9,13 @@ import triton.language as tl
 
 
 @triton.jit
-def top_k_softmax(logits, probs, expert_ids, rows, E, TOP_K: tl.constexpr, EXPERTS: tl.constexpr, BLOCK: tl.constexpr):
-    """The TOP_K largest logits of each row, best first, ties to the lower expert, and their softmax probabilities."""
-    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+def store_top_k(z, probs, expert_ids, row, rows, E, TOP_K: tl.constexpr, EXPERTS: tl.constexpr):
+    """Of logits [BLOCK, EXPERTS] the TOP_K largest of each row, best first, ties to the lower expert, and their softmax
+    probabilities."""
     expert = tl.arange(0, EXPERTS)[None, :]
     inside = row < rows
     free = inside[:, None] & (expert < E)
-    z = tl.load(logits + row[:, None] * E + expert, mask=free, other=-float("inf"))
-    best = tl.max(z, 1)
+    best = tl.max(tl.where(free, z, -float("inf")), 1)
     total = tl.sum(tl.where(free, tl.exp(z - best[:, None]), 0.0), 1)
     for j in tl.static_range(TOP_K):
         top = tl.max(tl.where(free, z, -float("inf")), 1)
@@ -27,23 +26,38 @@ def top_k_softmax(logits, probs, expert_ids, rows, E, TOP_K: tl.constexpr, EXPER
 
 
 @triton.jit
-def top_k_softmax_backward(
-    logits, expert_ids, dprobs, dlogits, rows, E, TOP_K: tl.constexpr, EXPERTS: tl.constexpr, BLOCK: tl.constexpr
-):
-    """dlogits = p (g - sum p g), with g the gradients of the chosen probabilities and 0 elsewhere."""
-    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+def logit_gradients(logits, expert_ids, dprobs, row, rows, E, TOP_K: tl.constexpr, EXPERTS: tl.constexpr):
+    """p (g - sum p g) [BLOCK, EXPERTS], with g the gradients of the chosen probabilities and 0 elsewhere; 0 in the padding."""
     expert = tl.arange(0, EXPERTS)[None, :]
     inside = row < rows
     real = inside[:, None] & (expert < E)
     z = tl.load(logits + row[:, None] * E + expert, mask=real, other=-float("inf"))
     p = tl.where(real, tl.exp(z - tl.max(z, 1)[:, None]), 0.0)
-    p = p / tl.sum(p, 1)[:, None]
-    g = tl.zeros([BLOCK, EXPERTS], tl.float32)
+    p = tl.where(real, p / tl.sum(p, 1)[:, None], 0.0)
+    g = tl.zeros_like(p)
     for j in tl.static_range(TOP_K):
         chosen = tl.load(expert_ids + row * TOP_K + j, mask=inside, other=0)
         grad = tl.load(dprobs + row * TOP_K + j, mask=inside, other=0.0)
         g = tl.where(expert == chosen[:, None], grad[:, None], g)
-    tl.store(dlogits + row[:, None] * E + expert, p * (g - tl.sum(p * g, 1)[:, None]), mask=real)
+    return p * (g - tl.sum(p * g, 1)[:, None])
+
+
+@triton.jit
+def top_k_softmax(logits, probs, expert_ids, rows, E, TOP_K: tl.constexpr, EXPERTS: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    expert = tl.arange(0, EXPERTS)[None, :]
+    z = tl.load(logits + row[:, None] * E + expert, mask=(row < rows)[:, None] & (expert < E), other=-float("inf"))
+    store_top_k(z, probs, expert_ids, row, rows, E, TOP_K, EXPERTS)
+
+
+@triton.jit
+def top_k_softmax_backward(
+    logits, expert_ids, dprobs, dlogits, rows, E, TOP_K: tl.constexpr, EXPERTS: tl.constexpr, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    expert = tl.arange(0, EXPERTS)[None, :]
+    grad = logit_gradients(logits, expert_ids, dprobs, row, rows, E, TOP_K, EXPERTS)
+    tl.store(dlogits + row[:, None] * E + expert, grad, mask=(row < rows)[:, None] & (expert < E))
 
 
 @triton.jit
@@ -61,15 +75,17 @@ def count_slots(expert_ids, counts, slots, E, blocks, EXPERTS: tl.constexpr, STE
 
 @triton.jit
 def place_slots(
-    expert_ids, counts, behind, order, slots, E, blocks,
+    expert_ids, counts, behind, order, ends, slots, E, blocks,
     EXPERTS: tl.constexpr, STEP: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    """order[place] = slot, by expert and then by slot; `behind` is the running sum of `counts`."""
+    """order[place] = slot, by expert and then by slot, and each expert's end; `behind` is the running sum of `counts`."""
     block = tl.program_id(0)
     expert = tl.arange(0, EXPERTS)
     real = expert < E
     at = expert * blocks + block
     place = tl.load(behind + at, mask=real, other=0) - tl.load(counts + at, mask=real, other=0)
+    if block == blocks - 1:
+        tl.store(ends + expert, tl.load(behind + at, mask=real, other=0), mask=real)
     for step in range(STEPS):
         slot = (block * STEPS + step) * STEP + tl.arange(0, STEP)
         chosen = tl.load(expert_ids + slot, mask=slot < slots, other=E).to(tl.int32)
