@@ -9,132 +9,19 @@ python tools/bench.py cpu
 """
 
 import argparse
-import statistics
 import subprocess
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import bench_cpu
+import bench_layer
 import bench_step
 import torch
 from bench_table import append_row
-from torch import Tensor, nn
-
-from vlmoe.nn import MHMoE
-from vlmoe.nn.budget import dense_cost, flops_parity_hidden_dim
-from vlmoe.nn.dispatch import order_slots
-from vlmoe.nn.ffn import FeedForward
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "docs" / "benchmarks"
-
-
-def layer(args: argparse.Namespace) -> Iterable[dict[str, Any]]:
-    """A dense FFN, and MH-MoE layers of as many FLOPs: compiled, bf16, forward and forward + backward."""
-    dim = args.dim
-    cost = dense_cost(dim, 4 * dim)
-    hidden = flops_parity_hidden_dim(cost, dim=dim, top_k=args.top_k, multiple_of=args.multiple_of)
-    x = torch.randn(args.tokens, dim, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    grad = torch.randn_like(x)
-
-    def sparse(backend: str) -> nn.Module:
-        return MHMoE(
-            dim=dim,
-            hidden_dim=hidden,
-            num_experts=args.experts,
-            top_k=args.top_k,
-            num_heads=args.heads,
-            backend=backend,
-        )
-
-    dense = None
-    for name in ("dense", *args.backends):
-        torch.manual_seed(0)
-        module = FeedForward(dim, 4 * dim, sub_layernorm=False) if name == "dense" else sparse(name)
-        module = torch.compile(module.to("cuda", torch.bfloat16), fullgraph=name != "loop")
-        row = {
-            "what": name,
-            "tokens": args.tokens,
-            "dim": dim,
-            "heads": args.heads,
-            "hidden_dim": 4 * dim if name == "dense" else hidden,
-            "experts": args.experts,
-            "top_k": args.top_k,
-            **_layer_figures(module, x, grad, repeats=args.repeats),
-        }
-        dense = dense or row
-        row["fwd_bwd_vs_dense"] = round(row["fwd_bwd_ms"] / dense["fwd_bwd_ms"], 3)
-        row["memory_vs_dense"] = round(row["extra_gib"] / dense["extra_gib"], 3)
-        yield row
-        del module
-
-
-def routing(args: argparse.Namespace) -> Iterable[dict[str, Any]]:
-    """Softmax, top-k and the order of slots: torch's operators, and the kernels."""
-    from vlmoe.nn.kernels import ops
-
-    logits = torch.randn(args.tokens * args.heads, args.experts, device="cuda")
-
-    def with_torch() -> None:
-        order_slots(logits.softmax(-1).topk(args.top_k).indices, args.experts)
-
-    def with_kernels() -> None:
-        ops.order_slots(ops.top_k_softmax(logits, args.top_k)[1], args.experts)
-
-    for name, function in (("torch", with_torch), ("triton", with_kernels)):
-        yield {
-            "what": name,
-            "sub_tokens": len(logits),
-            "experts": args.experts,
-            "top_k": args.top_k,
-            "eager_ms": _median_ms(function, args.repeats),
-            "graph_ms": _median_ms(_replayed(function), args.repeats),
-        }
-
-
-def _layer_figures(module: Callable[..., Any], x: Tensor, grad: Tensor, repeats: int) -> dict[str, float]:
-    def forward() -> Tensor:
-        y = module(x)
-        return y if isinstance(y, Tensor) else y[0]
-
-    def both() -> None:
-        x.grad = None
-        for parameter in module.parameters():  # pyright: ignore[reportFunctionMemberAccess]
-            parameter.grad = None
-        forward().backward(grad)
-
-    both_ms = _median_ms(both, repeats)
-    x.grad = None
-    for parameter in module.parameters():  # pyright: ignore[reportFunctionMemberAccess]
-        parameter.grad = None
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    both()
-    extra = (torch.cuda.max_memory_allocated() - before) / 2**30
-    return {"fwd_ms": _median_ms(forward, repeats), "fwd_bwd_ms": both_ms, "extra_gib": round(extra, 3)}
-
-
-def _median_ms(function: Callable[[], object], repeats: int) -> float:
-    """Median over `repeats` calls, after warm-up, by device events; the inputs are larger than the L2 cache."""
-    for _ in range(5):
-        function()
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
-    for start, end in events:
-        start.record()
-        function()
-        end.record()
-    torch.cuda.synchronize()
-    return round(statistics.median(start.elapsed_time(end) for start, end in events), 4)
-
-
-def _replayed(function: Callable[[], object]) -> Callable[[], object]:
-    """The same kernels from a CUDA graph: what the device needs, without the gaps between small launches."""
-    function()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        function()
-    return graph.replay
 
 
 def _machine() -> dict[str, str]:
@@ -163,7 +50,7 @@ def _append(path: Path, rows: Iterable[dict[str, Any]], machine: dict[str, str])
         append_row(path, machine | row)
 
 
-BENCHES = {"layer": layer, "routing": routing}
+BENCHES = {"layer": bench_layer.layer, "routing": bench_layer.routing}
 
 
 def main() -> None:
@@ -180,7 +67,7 @@ def main() -> None:
         if name == "layer":
             verb.add_argument("--dim", type=int, default=768)
             verb.add_argument("--multiple-of", type=int, default=64, help="of the experts' hidden width")
-            verb.add_argument("--backends", nargs="+", default=["triton", "grouped"])
+            verb.add_argument("--backends", nargs="+", default=bench_layer.BACKENDS)
     verb = verbs.add_parser("loader", help="Decoding and training views of photographs, against Pillow and webdataset.")
     verb.add_argument("--samples", type=int, default=1000)
     verb.add_argument("--repeats", type=int, default=9)

@@ -25,7 +25,7 @@ Row = dict[str, str]
 Aims = dict[tuple[int, int], float]
 GREY, BLUE, SKY, ORANGE, RED, GREEN = "#999999", "#0072B2", "#56B4E9", "#E69F00", "#D55E00", "#009E73"
 COLOURS = {
-    "dense": GREY, "loop": RED, "batched": GREEN, "grouped": ORANGE, "triton": BLUE, "auto": SKY,
+    "dense": GREY, "loop": RED, "torch": RED, "batched": GREEN, "grouped": ORANGE, "triton": BLUE, "auto": SKY,
     "dense_equal_flops": GREY, "dense_equal_params": GREEN, "xmoe": ORANGE, "mhmoe": BLUE,
     "pillow": GREY, "torchvision": ORANGE, "webdataset": RED, "ours": BLUE, "ours_to_float": SKY,
 }  # fmt: skip
@@ -102,7 +102,8 @@ def draw_processors(rows: Sequence[Row], path: Path) -> None:
 
 
 def _layer_panel(row: Row) -> str:
-    return f"{row['hardware']}: {int(row['tokens']):,} tokens, {row['experts']} experts, top {row['top_k']}, bf16, compiled"
+    shape = f"{int(row['tokens']):,} tokens, {row['experts']} experts, top {row['top_k']}"
+    return f"{row['hardware']}: {shape}, bf16, compiled" + _recorded(row)
 
 
 def _shape(row: Row) -> str:
@@ -116,7 +117,11 @@ def _rate(row: Row) -> str:
 
 
 def _how(row: Row) -> str:
-    return ("compiled" if row["compiled"] == "True" else "not compiled") + ", recorded" * (row["recorded"] == "True")
+    return ("compiled" if row["compiled"] == "True" else "not compiled") + _recorded(row)
+
+
+def _recorded(row: Row) -> str:
+    return ", recorded" * (row["recorded"] == "True")
 
 
 def _by(rows: Sequence[Row], name: Callable[[Row], str]) -> dict[str, list[Row]]:

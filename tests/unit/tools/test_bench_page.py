@@ -4,13 +4,14 @@ import re
 import sys
 from pathlib import Path
 
+import bench_layer
 import bench_page
 import bench_step
 import pytest
 
 FOLDER = Path(__file__).parents[3] / "docs" / "benchmarks"
 LAYER = (
-    "hardware,torch,cuda,triton,commit,what,tokens,dim,heads,hidden_dim,experts,top_k,fwd_ms,fwd_bwd_ms,extra_gib,"
+    "hardware,torch,cuda,triton,commit,what,tokens,dim,heads,hidden_dim,experts,top_k,recorded,fwd_ms,fwd_bwd_ms,extra_gib,"
     "fwd_bwd_vs_dense,memory_vs_dense\n"
 )
 STEP = (
@@ -20,7 +21,7 @@ STEP = (
 
 
 def layer_row(hardware: str, what: str, ratio: str, *, heads: int = 4, commit: str = "abc") -> str:
-    return f"{hardware},2.11,13.0,3.6,{commit},{what},65536,768,{heads},1152,32,2,1.5,6.5,1.1,{ratio},0.9\n"
+    return f"{hardware},2.11,13.0,3.6,{commit},{what},65536,768,{heads},1152,32,2,True,1.5,6.5,1.1,{ratio},0.9\n"
 
 
 def test_the_page_is_what_the_tables_give():
@@ -56,7 +57,7 @@ def test_steps_without_a_dense_twin_or_a_known_peak(tmp_path):
     assert f"{command} --models mhmoe" in text
     bench_page.draw(tmp_path)
     assert (tmp_path / "step.svg").is_file()
-    assert set(bench_page.MODELS) == set(bench_step.MODELS)
+    assert set(bench_page.MODELS) == set(bench_step.MODELS) and bench_page.BACKENDS == bench_layer.BACKENDS
 
 
 def test_the_same_tables_give_the_same_pictures(tmp_path, monkeypatch):
@@ -82,8 +83,8 @@ def test_the_same_tables_give_the_same_pictures(tmp_path, monkeypatch):
         ),
         (LAYER + layer_row("A", "triton", ""), "line 2: fwd_bwd_vs_dense is '', which is no number"),
         (LAYER + layer_row("A", "triton", "nan"), "line 2: fwd_bwd_vs_dense is 'nan'"),
-        (LAYER + "A,2.11\n", "line 2: it does not have 17 values"),
-        (LAYER + layer_row("A", "triton", "2.0,1"), "line 2: it does not have 17 values"),
+        (LAYER + "A,2.11\n", "line 2: it does not have 18 values"),
+        (LAYER + layer_row("A", "triton", "2.0,1"), "line 2: it does not have 18 values"),
         (LAYER + '"A,2.11\n', "is not a table of comma-separated values"),
         ("caf\udce9\n", "is not a table of comma-separated values"),
     ],
