@@ -16,6 +16,7 @@ from vlmoe.nn.dispatch import order_slots
 from vlmoe.nn.ffn import FeedForward
 
 BACKENDS = ("triton", "grouped", "torch")
+WAITING = ("loop", "batched")  # for the device: neither one graph nor recorded
 ROUNDS = 5
 SECONDS_OF_WARM_UP = 0.15  # of each function in each round
 
@@ -36,9 +37,7 @@ def layer(args: argparse.Namespace) -> Iterable[dict[str, Any]]:
     passes = {name: _Passes(name, args, hidden, x, grad) for name in ("dense", *args.backends)}
     extra_gib = {name: each.extra_gib() for name, each in passes.items()}
     for recorded in (True, False):
-        timed = {
-            name: each for name, each in passes.items() if not (recorded and name == "loop")
-        }  # which waits for the host
+        timed = {name: each for name, each in passes.items() if not (recorded and name in WAITING)}
         how = _replayed if recorded else lambda function: function
         both_ms = _rounds_ms([how(each.both) for each in timed.values()], args.repeats)
         forward_ms = _rounds_ms([how(each.forward) for each in timed.values()], args.repeats)
@@ -101,7 +100,7 @@ class _Passes:
             )
         module.to("cuda", torch.bfloat16)
         self.inputs, self.grad = (x, *module.parameters()), grad
-        self.module = torch.compile(module, fullgraph=name != "loop")
+        self.module = torch.compile(module, fullgraph=name not in WAITING)
         self.has_kernels = unittest.mock.patch.object(kernels, "HAS_TRITON", name != "torch")
         self.both()
 
