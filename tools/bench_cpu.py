@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bench_table import median_ratio
 from torch import Tensor, nn
 
 from vlmoe.nn import MHMoE
@@ -47,11 +48,10 @@ def cpu(*, repeats: int) -> Iterable[dict[str, Any]]:
                         if repeat >= 0:
                             seconds[name].append(taken)
             for name, taken in seconds.items():
-                ratio = statistics.median(one / other for one, other in zip(taken, seconds["dense"], strict=True))
                 yield {
                     "tokens": tokens, "dim": dim, "heads": heads, "experts": experts, "top_k": TOP_K, "precision": precision,
                     "what": name, "fwd_bwd_ms": round(1e3 * statistics.median(taken), 2),
-                    "vs_dense": round(ratio, 3),
+                    "vs_dense": round(median_ratio(taken, seconds["dense"]), 3),
                 }  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
+from bench_table import median_ratio
 from torch import Tensor, nn
 
 from vlmoe.nn import MHMoE, kernels
@@ -54,7 +55,7 @@ def layer(args: argparse.Namespace) -> Iterable[dict[str, Any]]:
                 "fwd_ms": _median(forward),
                 "fwd_bwd_ms": _median(both),
                 "extra_gib": round(extra_gib[name], 3),
-                "fwd_bwd_vs_dense": round(_median(a / b for a, b in zip(both, both_ms[0], strict=True)), 3),
+                "fwd_bwd_vs_dense": round(median_ratio(both, both_ms[0]), 3),
                 "memory_vs_dense": round(extra_gib[name] / extra_gib["dense"], 3),
             }
 

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 import torchvision
 from bench_cpu import processor
+from bench_table import median_ratio
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
@@ -189,8 +190,11 @@ def _processor_seconds() -> float:
 
 
 def _rows(rates: dict[str, list[float]]) -> Rows:
-    """The ratio is the median of the ratios within each repeat, to the first way."""
+    """The ratio is to the first way."""
     first = next(iter(rates.values()))
     for name, each in rates.items():
-        ratio = statistics.median(one / other for one, other in zip(each, first, strict=True))
-        yield {"way": name, "images_per_s": round(statistics.median(each), 1), "ratio": round(ratio, 2)}
+        yield {
+            "way": name,
+            "images_per_s": round(statistics.median(each), 1),
+            "ratio": round(median_ratio(each, first), 2),
+        }

@@ -1,8 +1,9 @@
-"""Tables in docs/benchmarks: CSV files that only grow."""
+"""Tables in docs/benchmarks: CSV files that only grow, and the ratios in them."""
 
 import csv
 import fcntl
-from collections.abc import Mapping
+import statistics
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,3 +21,8 @@ def append_row(path: Path, row: Mapping[str, Any]) -> None:
         elif header != list(row):
             raise SystemExit(f"{path} has other columns than are written now; move it away, or set --out")
         writer.writerow(row)
+
+
+def median_ratio(figures: Iterable[float], others: Iterable[float]) -> float:
+    """Of two ways that were measured in the same repeats: the median of the ratios within each."""
+    return statistics.median(one / other for one, other in zip(figures, others, strict=True))

@@ -14,7 +14,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from vlmoe.nn.kernels.activations import activate
-from vlmoe.nn.kernels.configs import HopperTile, split_width
+from vlmoe.nn.kernels.configs import HopperTile, widths
 from vlmoe.nn.kernels.hopper import (
     HALF_ROWS,
     are_slots,
@@ -187,11 +187,10 @@ def launch_forward(
     """`forward` for all tiles, one program per multiprocessor; `bank` in the other kernels' order."""
     w_in, w_out, _, b_in, b_out, _ = bank
     E, hidden, dim = w_in.shape
-    first, second = split_width(dim)
     programs = min(len(tile_expert), multiprocessors(x.device))
     forward[(programs,)](
         x, slots, ends, tile_expert, tile_place, tile_base, weights, b_in, b_out,
         *describe_weights(w_in, w_out, tile.block_n), y, E,
-        TOP_K=top_k, DIM=dim, HIDDEN=hidden, D1=first, D2=second, BIAS=bias, ACTIVATION=activation,
+        TOP_K=top_k, HIDDEN=hidden, **widths(dim), BIAS=bias, ACTIVATION=activation,
         **constants(tile), num_warps=4,
     )  # fmt: skip

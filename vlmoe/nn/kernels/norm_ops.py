@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vlmoe.nn.kernels import norm
-from vlmoe.nn.kernels.tiles import multiprocessors, power_of_two
+from vlmoe.nn.kernels.tiles import persistent_programs, power_of_two
 
 ADD_PROGRAMS = 8  # of `add_norm` and its gradients, per multiprocessor: an H200's best, with one warp
 
@@ -18,7 +18,9 @@ def gelu_norm(x: Tensor, shift: Tensor, weight: Tensor, bias: Tensor, eps: float
     """layer_norm(GELU(x [rows, dim] + shift)) in x's dtype, and each row's mean and 1 / standard deviation in float32."""
     x, shift, weight, bias = (each.contiguous() for each in (x, shift, weight, bias))
     y, means, scales = _new(x)
-    norm.gelu_norm[(_programs(x, 8),)](x, shift, weight, bias, y, means, scales, len(x), eps, **_constants(x))
+    norm.gelu_norm[(persistent_programs(len(x), 8, x.device),)](
+        x, shift, weight, bias, y, means, scales, len(x), eps, **_constants(x)
+    )
     return y, means, scales
 
 
@@ -33,7 +35,7 @@ def gelu_norm_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of x, and [3, dim] in float32: those of shift, weight and bias."""
     dy, x, shift, weight = (each.contiguous() for each in (dy, x, shift, weight))
-    dx, programs = torch.empty_like(x), _programs(x, 2)
+    dx, programs = torch.empty_like(x), persistent_programs(len(x), 2, x.device)
     parts = means.new_empty(programs, 3, x.shape[1])
     norm.gelu_norm_gradients[(programs,)](dy, x, shift, weight, means, scales, dx, parts, len(x), **_constants(x))
     return dx, parts.sum(0)
@@ -75,7 +77,7 @@ def add_norm(
     x, weight, bias = (each.contiguous() for each in (x, weight, bias))
     y, factor = (each if each is None else each.contiguous() for each in (y, factor))
     total, normed, means, scales = _new_sum(x, y, dtype)
-    norm.add_norm[(_programs(x, ADD_PROGRAMS),)](
+    norm.add_norm[(persistent_programs(len(x), ADD_PROGRAMS, x.device),)](
         x, y, factor, weight, bias, total, normed, means, scales, len(x), _rows_per(factor, x), eps,
         **_sum_constants(x, y, factor),
     )  # fmt: skip
@@ -98,7 +100,7 @@ def add_norm_backward(
     d_normed, total, weight = (each.contiguous() for each in (d_normed, total, weight))
     d_total, factor = (each if each is None else each.contiguous() for each in (d_total, factor))
     dx, dy = _new_gradients(total, d_total, y_dtype)
-    parts = means.new_empty(_programs(total, ADD_PROGRAMS), 2, total.shape[1])
+    parts = means.new_empty(persistent_programs(len(total), ADD_PROGRAMS, total.device), 2, total.shape[1])
     norm.add_norm_gradients[(len(parts),)](
         d_normed, d_total, total, factor, weight, means, scales, dx, dy, parts, len(total), _rows_per(factor, total),
         **_sum_constants(total, d_total, factor),
@@ -142,10 +144,6 @@ def _new(x: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor, T
 def _constants(x: Tensor) -> dict[str, int]:
     width = power_of_two(x.shape[1])
     return {"DIM": x.shape[1], "WIDTH": width, "num_warps": max(4, width // 1024)}  # an H100's best at 3,072 columns
-
-
-def _programs(x: Tensor, per_processor: int) -> int:
-    return max(1, min(len(x), per_processor * multiprocessors(x.device)))
 
 
 def _new_sum(x: Tensor, y: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:

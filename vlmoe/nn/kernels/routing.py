@@ -83,9 +83,10 @@ def place_slots(
     expert = tl.arange(0, EXPERTS)
     real = expert < E
     at = expert * blocks + block
-    place = tl.load(behind + at, mask=real, other=0) - tl.load(counts + at, mask=real, other=0)
+    end = tl.load(behind + at, mask=real, other=0)
     if block == blocks - 1:
-        tl.store(ends + expert, tl.load(behind + at, mask=real, other=0), mask=real)
+        tl.store(ends + expert, end, mask=real)
+    place = end - tl.load(counts + at, mask=real, other=0)
     for step in range(STEPS):
         slot = (block * STEPS + step) * STEP + tl.arange(0, STEP)
         chosen = tl.load(expert_ids + slot, mask=slot < slots, other=E).to(tl.int32)

@@ -12,7 +12,7 @@ import triton
 from torch import Tensor
 
 from vlmoe.nn.kernels import configs, gate, routing
-from vlmoe.nn.kernels.tiles import multiprocessors, power_of_two
+from vlmoe.nn.kernels.tiles import persistent_programs, power_of_two
 
 
 @torch.library.custom_op("vlmoe::top_k_softmax", mutates_args=())
@@ -182,7 +182,7 @@ def _counts_by_block(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, dict
 
 
 def _gate_programs(rows: int, tile: configs.GateTile, device: torch.device) -> int:
-    return max(1, min(triton.cdiv(rows, tile.block), tile.programs * multiprocessors(device)))
+    return persistent_programs(triton.cdiv(rows, tile.block), tile.programs, device)
 
 
 def _gate_constants(dim: int, E: int, tile: configs.GateTile) -> dict[str, int]:

@@ -40,5 +40,10 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
+def persistent_programs(steps: int, per_multiprocessor: int, device: torch.device) -> int:
+    """Programs that share so many steps of a loop."""
+    return max(1, min(steps, per_multiprocessor * multiprocessors(device)))
+
+
 def power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
