@@ -100,6 +100,20 @@ def test_rows_without_experts_and_no_rows() -> None:
 
 
 @interpreted
+def test_second_derivatives_are_refused() -> None:
+    from vlmoe.nn.experts import experts
+
+    x, w_in, w_out = (
+        torch.randn(5, 16).half().requires_grad_(),
+        torch.randn(2, 16, 16).half(),
+        torch.randn(2, 16, 16).half(),
+    )
+    y = experts(x, torch.zeros(5, 1).long(), torch.rand(5, 1), w_in, w_out, backend="triton")
+    with pytest.raises(RuntimeError, match="create_graph"):
+        y.sum().backward(create_graph=True)
+
+
+@interpreted
 @pytest.mark.parametrize("counts, segment", [((3, 0, 4), 2), ((0, 0, 5), 9), ((1, 1, 1), 1)])
 def test_weight_gradients_are_the_sums_of_their_experts_parts(counts: tuple[int, ...], segment: int) -> None:
     """Tiles in expert order are cut into segments, and the part of expert e in segment s lies at place s + e."""

@@ -13,13 +13,14 @@ import triton
 from torch import Tensor
 
 from vlmoe.nn.kernels import attention
+from vlmoe.nn.kernels.operator import operator, refuse_second_order
 
 # an H200's best at 64 features and 200 positions
 BLOCKS = {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 3}
 KEYS = BLOCKS | {"maxnreg": 128}  # so that four programs fit a multiprocessor
 
 
-@torch.library.custom_op("vlmoe::attend_parts", mutates_args=())
+@operator
 def attend_parts(
     vision: Tensor, text: Tensor, spans: Tensor, heads: int, longest: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -40,12 +41,12 @@ def attend_parts(
     return y_vision, y_text, sums
 
 
-@attend_parts.register_fake
+@torch.library.register_fake(attend_parts)
 def _(vision: Tensor, text: Tensor, spans: Tensor, heads: int, longest: int) -> tuple[Tensor, Tensor, Tensor]:
     return _new(vision, text, heads)
 
 
-@torch.library.custom_op("vlmoe::attend_parts_backward", mutates_args=())
+@operator
 def attend_parts_backward(
     dy_vision: Tensor, dy_text: Tensor, vision: Tensor, text: Tensor, spans: Tensor, y_vision: Tensor, y_text: Tensor,
     sums: Tensor, longest: int,
@@ -61,7 +62,7 @@ def attend_parts_backward(
     return d_vision, d_text
 
 
-@attend_parts_backward.register_fake
+@torch.library.register_fake(attend_parts_backward)
 def _(
     dy_vision: Tensor, dy_text: Tensor, vision: Tensor, text: Tensor, spans: Tensor, y_vision: Tensor, y_text: Tensor,
     sums: Tensor, longest: int,
@@ -76,11 +77,12 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 
 
 def _gradients(ctx: Any, dy_vision: Tensor, dy_text: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    refuse_second_order()
     d_vision, d_text = attend_parts_backward(dy_vision, dy_text, *ctx.saved_tensors, ctx.longest)
     return d_vision, d_text, None, None, None
 
 
-attend_parts.register_autograd(_gradients, setup_context=_save)
+torch.library.register_autograd(attend_parts, _gradients, setup_context=_save)
 
 
 def _aligned(tensor: Tensor) -> Tensor:

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from vlmoe.nn.kernels import norm
+from vlmoe.nn.kernels.operator import operator, refuse_second_order
 from vlmoe.nn.kernels.tiles import persistent_programs, power_of_two
 
 ADD_PROGRAMS = 8  # of `add_norm` and its gradients, per multiprocessor: an H200's best, with one warp
 
 
-@torch.library.custom_op("vlmoe::gelu_norm", mutates_args=())
+@operator
 def gelu_norm(x: Tensor, shift: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """layer_norm(GELU(x [rows, dim] + shift)) in x's dtype, and each row's mean and 1 / standard deviation in float32."""
     x, shift, weight, bias = (each.contiguous() for each in (x, shift, weight, bias))
@@ -24,12 +25,12 @@ def gelu_norm(x: Tensor, shift: Tensor, weight: Tensor, bias: Tensor, eps: float
     return y, means, scales
 
 
-@gelu_norm.register_fake
+@torch.library.register_fake(gelu_norm)
 def _(x: Tensor, shift: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     return _new(x)
 
 
-@torch.library.custom_op("vlmoe::gelu_norm_backward", mutates_args=())
+@operator
 def gelu_norm_backward(
     dy: Tensor, x: Tensor, shift: Tensor, weight: Tensor, means: Tensor, scales: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -41,7 +42,7 @@ def gelu_norm_backward(
     return dx, parts.sum(0)
 
 
-@gelu_norm_backward.register_fake
+@torch.library.register_fake(gelu_norm_backward)
 def _(dy: Tensor, x: Tensor, shift: Tensor, weight: Tensor, means: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), means.new_empty(3, x.shape[1])
 
@@ -55,15 +56,16 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 
 
 def _gradients(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    refuse_second_order()
     saved = ctx.saved_tensors
     dx, (dshift, dweight, dbias) = gelu_norm_backward(dy, *saved)
     return dx, dshift.to(saved[1].dtype), dweight.to(saved[2].dtype), dbias.to(ctx.bias_dtype), None
 
 
-gelu_norm.register_autograd(_gradients, setup_context=_save)
+torch.library.register_autograd(gelu_norm, _gradients, setup_context=_save)
 
 
-@torch.library.custom_op("vlmoe::add_norm", mutates_args=())
+@operator
 def add_norm(
     x: Tensor, y: Tensor | None, factor: Tensor | None, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -84,14 +86,14 @@ def add_norm(
     return total, normed, means, scales
 
 
-@add_norm.register_fake
+@torch.library.register_fake(add_norm)
 def _(
     x: Tensor, y: Tensor | None, factor: Tensor | None, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _new_sum(x, y, dtype)
 
 
-@torch.library.custom_op("vlmoe::add_norm_backward", mutates_args=())
+@operator
 def add_norm_backward(
     d_normed: Tensor, d_total: Tensor | None, total: Tensor, factor: Tensor | None, weight: Tensor, means: Tensor,
     scales: Tensor, y_dtype: torch.dtype,
@@ -108,7 +110,7 @@ def add_norm_backward(
     return dx, dy, parts.sum(0)
 
 
-@add_norm_backward.register_fake
+@torch.library.register_fake(add_norm_backward)
 def _(
     d_normed: Tensor, d_total: Tensor | None, total: Tensor, factor: Tensor | None, weight: Tensor, means: Tensor,
     scales: Tensor, y_dtype: torch.dtype,
@@ -125,6 +127,7 @@ def _save_sum(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> 
 
 
 def _sum_gradients(ctx: Any, d_total: Tensor, d_normed: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    refuse_second_order()
     total, factor, weight, means, scales = ctx.saved_tensors
     adds = ctx.y_dtype is not None
     dx, dy, (dweight, dbias) = add_norm_backward(
@@ -133,7 +136,7 @@ def _sum_gradients(ctx: Any, d_total: Tensor, d_normed: Tensor, *_: Any) -> tupl
     return dx, dy if adds else None, None, dweight.to(weight.dtype), dbias.to(ctx.bias_dtype), None, None
 
 
-add_norm.register_autograd(_sum_gradients, setup_context=_save_sum)
+torch.library.register_autograd(add_norm, _sum_gradients, setup_context=_save_sum)
 
 
 def _new(x: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor, Tensor]:

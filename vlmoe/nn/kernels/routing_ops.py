@@ -12,10 +12,11 @@ import triton
 from torch import Tensor
 
 from vlmoe.nn.kernels import configs, gate, routing
+from vlmoe.nn.kernels.operator import operator, refuse_second_order
 from vlmoe.nn.kernels.tiles import persistent_programs, power_of_two
 
 
-@torch.library.custom_op("vlmoe::top_k_softmax", mutates_args=())
+@operator
 def top_k_softmax(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     """Softmax probabilities (float32) and ids of the `top_k` largest of float32 logits [rows, experts], best first.
 
@@ -29,13 +30,13 @@ def top_k_softmax(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     return probs, ids
 
 
-@top_k_softmax.register_fake
+@torch.library.register_fake(top_k_softmax)
 def _new_top_k(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     shape = (logits.shape[0], top_k)
     return logits.new_empty(shape, dtype=torch.float32), logits.new_empty(shape, dtype=torch.int64)
 
 
-@torch.library.custom_op("vlmoe::top_k_softmax_backward", mutates_args=())
+@operator
 def top_k_softmax_backward(logits: Tensor, expert_ids: Tensor, dprobs: Tensor) -> Tensor:
     logits, dprobs = logits.contiguous(), dprobs.contiguous()
     rows, E = logits.shape
@@ -47,7 +48,7 @@ def top_k_softmax_backward(logits: Tensor, expert_ids: Tensor, dprobs: Tensor) -
     return dlogits
 
 
-@top_k_softmax_backward.register_fake
+@torch.library.register_fake(top_k_softmax_backward)
 def _(logits: Tensor, expert_ids: Tensor, dprobs: Tensor) -> Tensor:
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
@@ -58,11 +59,12 @@ def _save_top_k(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]
 
 
 def _top_k_gradient(ctx: Any, dprobs: Tensor, dids: Tensor | None) -> tuple[Tensor, None]:
+    refuse_second_order()
     logits, expert_ids = ctx.saved_tensors
     return top_k_softmax_backward(logits, expert_ids, dprobs), None
 
 
-top_k_softmax.register_autograd(_top_k_gradient, setup_context=_save_top_k)
+torch.library.register_autograd(top_k_softmax, _top_k_gradient, setup_context=_save_top_k)
 
 
 class GateTopK(torch.autograd.Function):
@@ -80,11 +82,12 @@ class GateTopK(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor, Tensor, None]:
+        refuse_second_order()
         dlogits, dprobs, _, drows = grad_outputs
         return *gate_top_k_backward(*ctx.saved_tensors, dlogits, dprobs, drows), None
 
 
-@torch.library.custom_op("vlmoe::gate_top_k", mutates_args=())
+@operator
 def gate_top_k(x: Tensor, weight: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
     """Without gradients: see `GateTopK`."""
     x, weight = x.contiguous(), weight.contiguous()
@@ -97,13 +100,13 @@ def gate_top_k(x: Tensor, weight: Tensor, top_k: int) -> tuple[Tensor, Tensor, T
     return logits, probs, ids
 
 
-@gate_top_k.register_fake
+@torch.library.register_fake(gate_top_k)
 def _new_gate_top_k(x: Tensor, weight: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
     logits = x.new_empty(x.shape[0], weight.shape[0], dtype=torch.float32)
     return logits, *_new_top_k(logits, top_k)
 
 
-@torch.library.custom_op("vlmoe::gate_top_k_backward", mutates_args=())
+@operator
 def gate_top_k_backward(
     x: Tensor,
     weight: Tensor,
@@ -130,12 +133,12 @@ def gate_top_k_backward(
     return dx, parts.sum(0).to(weight.dtype)
 
 
-@gate_top_k_backward.register_fake
+@torch.library.register_fake(gate_top_k_backward)
 def _(x: Tensor, weight: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     return tuple(torch.empty_like(each, memory_format=torch.contiguous_format) for each in (x, weight))  # type: ignore
 
 
-@torch.library.custom_op("vlmoe::order_slots", mutates_args=())
+@operator
 def order_slots(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     """Slots sorted by expert, stable, int32 [slots], and the place behind each expert's last slot, int32 [experts].
 
@@ -152,19 +155,19 @@ def order_slots(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     return order, ends
 
 
-@order_slots.register_fake
+@torch.library.register_fake(order_slots)
 def _new_order(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     order = expert_ids.new_empty(expert_ids.shape[0] * expert_ids.shape[1], dtype=torch.int32)
     return order, expert_ids.new_empty(num_experts, dtype=torch.int32)
 
 
-@torch.library.custom_op("vlmoe::count_slots", mutates_args=())
+@operator
 def count_slots(expert_ids: Tensor, num_experts: int) -> Tensor:
     """Slots of each expert, int64 [experts]; those whose id is `num_experts` have none."""
     return _counts_by_block(expert_ids.contiguous(), num_experts)[0].sum(1)
 
 
-@count_slots.register_fake
+@torch.library.register_fake(count_slots)
 def _(expert_ids: Tensor, num_experts: int) -> Tensor:
     return expert_ids.new_empty(num_experts, dtype=torch.int64)
 
