@@ -131,6 +131,22 @@ def test_waits_for_the_device_never():
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize("dim, activation", [(192, "gelu"), (128, "swiglu")])
+def test_other_numbers_of_rows_compile_nothing(dim, activation, monkeypatch):
+    import triton
+
+    def once(rows: int) -> None:
+        run(with_backend("triton", activation), *draw(rows, dim, hidden=768, E=8, top_k=2, activation=activation))
+
+    for rows in (3000, 3001, 4000, 16):  # Triton asks what is a multiple of 16, and what is 1
+        once(rows)
+    compiled = []
+    monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", lambda **found: compiled.append(found["repr"]))
+    for rows in (1000, 1001, 8000, 9123, 30_000):
+        once(rows)
+    assert not compiled
+
+
 def test_no_rows_and_no_kept_rows():
     x, ids, weights, bank, dy = draw(rows=50, dim=192, hidden=1152, E=4, top_k=2)
     got = run(with_backend("triton"), x[:0], ids[:0], weights[:0], bank, dy[:0])
@@ -161,6 +177,16 @@ def test_autocast_checkpointing_and_compile(compiled):
     for ours, theirs in zip(layer.parameters(), plain.parameters(), strict=True):
         assert ours.grad.dtype == torch.float32
         assert error(ours.grad, theirs.grad.double()) < 1e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dim", [192, 320])
+def test_auto_compiles_in_any_dtype(dim, dtype):
+    torch.compiler.reset()
+    layer = Experts(dim, 256, 4).cuda().to(dtype)
+    x, ids, weights, _, _ = draw(100, dim, 256, 4, 2, dtype=dtype)
+    y = torch.compile(layer, fullgraph=True)(x, ids, weights)
+    assert error(y, layer.double()(x.double(), ids, weights)) < 2e-3
 
 
 @pytest.mark.parametrize("backend", ["triton", "grouped"])
@@ -337,6 +363,7 @@ def test_the_gate_is_a_product_in_float32(rows, dim, E, top_k, dtype, compiled):
     """All of the router: gate, softmax and top-k, and the rows that it hands on to the experts."""
     from vlmoe.nn.router import TopKRouter
 
+    torch.compiler.reset()  # the limit of variants is low
     router = TopKRouter(dim, E, top_k, normalize_weights=False).cuda().to(dtype)
     weight, x = router.gate.weight, torch.randn(rows, dim, device="cuda").bfloat16().requires_grad_()
 

@@ -28,7 +28,7 @@ SERIALIZED = "C7512", "C7515"  # ptxas: "wgmma.mma_async instructions are serial
 
 
 def compiled(
-    kernel: Any, constants: dict[str, Any], blocks: dict[str, tuple[int, int]], folder: Path
+    kernel: Any, constants: dict[str, Any], blocks: dict[str, tuple[int, int]], dtype: str, folder: Path
 ) -> tuple[int, str]:
     """Bytes of shared memory, and ptxas's report. `blocks` are those of the tensor descriptors."""
     signature, values, attributes = {}, {}, {}
@@ -36,10 +36,10 @@ def compiled(
         if name in constants:
             signature[name], values[(at,)] = "constexpr", constants[name]
         elif name in blocks:
-            layout = gl.NVMMASharedLayout.get_default_for(list(blocks[name]), gl.bfloat16)
-            signature[name] = f"tensordesc<bf16{list(blocks[name])},{layout!r}>"
+            layout = gl.NVMMASharedLayout.get_default_for(list(blocks[name]), gl.dtype(dtype))
+            signature[name] = f"tensordesc<{dtype}{list(blocks[name])},{layout!r}>"
         elif name in FLOATS + HALVES + INTEGERS:
-            signature[name] = "*fp32" if name in FLOATS else "*bf16" if name in HALVES else "*i32"
+            signature[name] = "*fp32" if name in FLOATS else f"*{dtype}" if name in HALVES else "*i32"
             attributes[(at,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "i32"
@@ -52,10 +52,21 @@ def compiled(
 
 
 @pytest.mark.parametrize("dim", [128, 192, 256])
-def test_they_compile_for_hopper(dim: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("activation, bias, dtype", [("gelu", True, "bf16"), ("relu", False, "fp16")])
+def test_they_compile_for_hopper(
+    dim: int, activation: str, bias: bool, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     first, second = configs.split_width(dim)
-    shape = {"TOP_K": 2, "DIM": dim, "HIDDEN": HIDDEN, "D1": first, "D2": second, "BIAS": True, "ACTIVATION": "gelu"}
+    shape = {
+        "TOP_K": 2,
+        "DIM": dim,
+        "HIDDEN": HIDDEN,
+        "D1": first,
+        "D2": second,
+        "BIAS": bias,
+        "ACTIVATION": activation,
+    }
 
     def matrices(block: int) -> dict[str, tuple[int, int]]:
         widths = (first, second or first)
@@ -65,20 +76,22 @@ def test_they_compile_for_hopper(dim: int, tmp_path: Path, monkeypatch: pytest.M
 
     by_row, by_weight = configs.hopper_row_gradients_tile(dim, HIDDEN), configs.hopper_weight_gradients_tile(dim)
     assert by_row is not None
+    assert by_row.block_n == by_weight.block_f  # one description of the weights serves both
     made = [
-        compiled(hopper.row_gradients, shape | hopper.constants(by_row), matrices(by_row.block_n), tmp_path),
+        compiled(hopper.row_gradients, shape | hopper.constants(by_row), matrices(by_row.block_n), dtype, tmp_path),
         compiled(
             hopper_weights.weight_gradients,
-            shape
-            | hopper_weights.constants(by_weight)
-            | {"SEGMENT": 188, "PLACES": 54, "BLOCK_M": configs.HOPPER_SLOTS},
+            shape | hopper_weights.constants(by_weight) | {"PLACES": 54, "BLOCK_M": configs.HOPPER_SLOTS},
             matrices(by_weight.block_f),
+            dtype,
             tmp_path,
         ),
     ]
     if forward := configs.hopper_forward_tile(dim, HIDDEN):
         made.append(
-            compiled(hopper_forward.forward, shape | hopper.constants(forward), matrices(forward.block_n), tmp_path)
+            compiled(
+                hopper_forward.forward, shape | hopper.constants(forward), matrices(forward.block_n), dtype, tmp_path
+            )
         )
     for shared, report in made:
         assert shared <= LEAST_SHARED

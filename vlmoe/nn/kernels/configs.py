@@ -62,16 +62,20 @@ def widths(dim: int) -> dict[str, int]:
 
 
 def forward_tile(dim: int, gated: bool) -> Tile:
-    if dim > 256 or (gated and dim > 192):
+    if dim > 256:
         return Tile(64, 32, 4, 2)
+    if gated and dim > 128:
+        return Tile(128, 32, 8, 3)
     if dim <= 128 and not gated:
         return Tile(128, 64, 4, 2)
     return Tile(128, 64, 8, 3 if dim <= 192 and not gated else 2)
 
 
 def row_gradients_tile(dim: int, gated: bool) -> Tile:
-    if dim > 256 or (gated and dim > 128):
+    if dim > 256:
         return Tile(64, 32, 4, 1)
+    if gated and dim > 128:
+        return Tile(128, 32 if dim <= 192 else 16, 8, 2)
     if dim <= 128:
         return Tile(128, 32 if gated else 64, 8, 3)
     return Tile(128, 32, 8, 3 if dim <= 192 else 2)

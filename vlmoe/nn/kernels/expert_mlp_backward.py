@@ -6,7 +6,7 @@ the operands of the weight gradients in expert order in a buffer of one chunk's 
 these, split over segments of tiles, which `reduce_segments` adds in order. So memory does not grow with slots times
 hidden width, nothing is recomputed twice, and no float is added atomically.
 
-Axes as in `expert_mlp`. A chunk is cut into segments of SEGMENT tiles. The part of expert e in segment s goes to place
+Axes as in `expert_mlp`. A chunk is cut into segments of `segment_tiles` tiles. The part of expert e in segment s goes to place
 s + e - (first expert of the chunk): along the expert order either s or e grows, so no two parts share a place.
 """
 
@@ -116,10 +116,10 @@ def row_gradients(
             store_rows(dx, slot.to(tl.int64), valid, c2, acc2, FULL, DIM)
 
 
-@triton.jit(do_not_specialize=["first_tile", "num_tiles"])
+@triton.jit(do_not_specialize=["first_tile", "num_tiles", "segment_tiles"])
 def weight_gradients(
-    hiddens, gathered, ends, tile_expert, tile_place, parts, first_tile, num_tiles, E, chunk_rows,
-    SEGMENT: tl.constexpr, PLACES: tl.constexpr, DIM: tl.constexpr, HIDDEN: tl.constexpr,
+    hiddens, gathered, ends, tile_expert, tile_place, parts, first_tile, num_tiles, segment_tiles, E, chunk_rows,
+    PLACES: tl.constexpr, DIM: tl.constexpr, HIDDEN: tl.constexpr,
     D1: tl.constexpr, D2: tl.constexpr, BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr,
     BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -138,8 +138,8 @@ def weight_gradients(
     hiddens += which * chunk_rows * HIDDEN
     if which == 1:
         gathered += chunk_rows.to(tl.int64) * DIM
-    tile = segment * SEGMENT
-    behind = tl.minimum(tile + SEGMENT, num_tiles)
+    tile = segment * segment_tiles
+    behind = tl.minimum(tile + segment_tiles, num_tiles)
     first_expert = tl.load(tile_expert + first_tile)
     ones = tl.full([BLOCK_K, 16], 1.0, tl.float32).to(hiddens.dtype.element_ty)
     while tile < behind:
@@ -170,10 +170,10 @@ def weight_gradients(
             tile = behind
 
 
-@triton.jit(do_not_specialize=["first_tile", "num_tiles"])
+@triton.jit(do_not_specialize=["first_tile", "num_tiles", "segment_tiles"])
 def reduce_segments(
-    parts, total, tile_expert, tile_base, first_tile, num_tiles, E,
-    SEGMENT: tl.constexpr, PLACES: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr, BLOCK: tl.constexpr,
+    parts, total, tile_expert, tile_base, first_tile, num_tiles, segment_tiles, E,
+    PLACES: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """total[which, expert] += its parts of this chunk, in segment order: the first SIZE elements of each STRIDE."""
     expert = tl.program_id(1)
@@ -187,14 +187,14 @@ def reduce_segments(
         into = total + (which * E + expert) * STRIDE + at
         acc = tl.load(into, mask=inside & (base < first_tile), other=0.0)
         shift = expert - tl.load(tile_expert + first_tile)
-        for segment in range(low // SEGMENT, (high - 1) // SEGMENT + 1):
+        for segment in range(low // segment_tiles, (high - 1) // segment_tiles + 1):
             acc += tl.load(parts + (which * PLACES + segment + shift) * STRIDE + at, mask=inside, other=0.0)
         tl.store(into, acc, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["segment_tiles"])
 def finish_segments(
-    parts, tile_base, dw_in, dw_out, db_in, SEGMENT: tl.constexpr, PLACES: tl.constexpr, HIDDEN: tl.constexpr,
+    parts, tile_base, dw_in, dw_out, db_in, segment_tiles, PLACES: tl.constexpr, HIDDEN: tl.constexpr,
     DIM: tl.constexpr, BIAS: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The gradients of w_in [E, hidden, dim], w_out [E, dim, hidden] and b_in, from the parts of all tiles in one chunk."""
@@ -205,8 +205,8 @@ def finish_segments(
     d = (tl.program_id(0) % BLOCKS_D) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = (f < HIDDEN)[:, None] & (d < DIM)[None, :]
     low, high = tl.load(tile_base + expert), tl.load(tile_base + expert + 1)
-    first_segment = low // SEGMENT
-    behind = tl.where(low < high, (high - 1) // SEGMENT + 1, first_segment)
+    first_segment = low // segment_tiles
+    behind = tl.where(low < high, (high - 1) // segment_tiles + 1, first_segment)
     acc = tl.zeros([BLOCK_F, BLOCK_D], tl.float32)
     sums = tl.zeros([BLOCK_F], tl.float32)
     for segment in range(first_segment, behind):

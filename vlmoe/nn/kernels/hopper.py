@@ -338,13 +338,12 @@ def _layout(rows: int, columns: int, dtype: torch.dtype) -> gl.NVMMASharedLayout
     return gl.NVMMASharedLayout.get_default_for([rows, columns], DTYPES[dtype])
 
 
-def describe_weights(w_in: Tensor, w_out: Tensor, block_n: int) -> list[TensorDescriptor]:
-    """For `stream_weights`; the second of each is not used where dim is a power of two."""
+def describe_weights(w_in: Tensor, w_out: Tensor, block_n: int) -> dict[str, TensorDescriptor]:
+    """For `stream_weights`, by the kernels' names; the second of each is not used where dim is a power of two."""
     first, second = split_width(w_in.shape[2])
-    ins, outs = describe(w_in, block_n, first), describe(w_out, first, block_n)
-    if not second:
-        return [ins, ins, outs, outs]
-    return [ins, describe(w_in, block_n, second), outs, describe(w_out, second, block_n)]
+    in1, out1 = describe(w_in, block_n, first), describe(w_out, first, block_n)
+    in2, out2 = (describe(w_in, block_n, second), describe(w_out, second, block_n)) if second else (in1, out1)
+    return {"in_desc1": in1, "in_desc2": in2, "out_desc1": out1, "out_desc2": out2}
 
 
 def constants(tile: HopperTile) -> dict[str, int]:
@@ -352,13 +351,7 @@ def constants(tile: HopperTile) -> dict[str, int]:
     return {"BLOCK_N": tile.block_n, "IN_SLOTS": tile.in_slots, "OUT_SLOTS": tile.out_slots, "REGISTERS": 240}
 
 
-def with_weights(arguments: Mapping[str, Any], block_n: int) -> dict[str, Any]:
-    """`arguments` and the descriptors of their w_in and w_out."""
-    described = describe_weights(arguments["w_in"], arguments["w_out"], block_n)
-    return {**arguments, **dict(zip(("in_desc1", "in_desc2", "out_desc1", "out_desc2"), described, strict=True))}
-
-
 def launch_row_gradients(tile: HopperTile, programs: int, arguments: Mapping[str, Any]) -> None:
-    """`arguments` by the names of the portable kernel and of this one."""
-    given = with_weights(arguments, tile.block_n) | constants(tile)
+    """`arguments` by the names of the portable kernel and of this one, with the descriptors of the weights."""
+    given = {**arguments, **constants(tile)}
     row_gradients[(programs,)](*(given[name] for name in row_gradients.arg_names), num_warps=4)

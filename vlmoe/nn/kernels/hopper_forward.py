@@ -189,8 +189,7 @@ def launch_forward(
     E, hidden, dim = w_in.shape
     programs = min(len(tile_expert), multiprocessors(x.device))
     forward[(programs,)](
-        x, slots, ends, tile_expert, tile_place, tile_base, weights, b_in, b_out,
-        *describe_weights(w_in, w_out, tile.block_n), y, E,
-        TOP_K=top_k, HIDDEN=hidden, **widths(dim), BIAS=bias, ACTIVATION=activation,
-        **constants(tile), num_warps=4,
+        x, slots, ends, tile_expert, tile_place, tile_base, weights, b_in, b_out, y=y, E=E,
+        **describe_weights(w_in, w_out, tile.block_n), TOP_K=top_k, HIDDEN=hidden, **widths(dim), BIAS=bias,
+        ACTIVATION=activation, **constants(tile), num_warps=4,
     )  # fmt: skip

@@ -25,7 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from vlmoe.nn.kernels.activations import activate_with_slope
 from vlmoe.nn.kernels.configs import HopperWeightTile
-from vlmoe.nn.kernels.hopper import add_product, barrier, wait_products, with_weights
+from vlmoe.nn.kernels.hopper import add_product, barrier, wait_products
 
 
 @gluon.jit
@@ -57,7 +57,7 @@ def copy_rows(x, dy, x_shared, dy_shared, row, FIRST: gl.constexpr, WIDTH: gl.co
 
 @gluon.jit
 def stream_rows(
-    tables, pointers, matrices, weights, rings, barriers, num_tiles, E, SEGMENT: gl.constexpr, TOP_K: gl.constexpr,
+    tables, pointers, matrices, weights, rings, barriers, num_tiles, segment_tiles, E, TOP_K: gl.constexpr,
     DIM: gl.constexpr, HIDDEN: gl.constexpr, D1: gl.constexpr, D2: gl.constexpr, BLOCK_M: gl.constexpr,
     BLOCK_F: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -70,8 +70,8 @@ def stream_rows(
     x1, x2, dy1, dy2 = rings
     full, empty, weights_full, weights_empty, _, _ = barriers
     column = gl.program_id(0) * BLOCK_F
-    tile = gl.program_id(1) * SEGMENT
-    behind = min(tile + SEGMENT, num_tiles)
+    tile = gl.program_id(1) * segment_tiles
+    behind = min(tile + segment_tiles, num_tiles)
     step = 0
     item = 0
     while tile < behind:
@@ -152,8 +152,8 @@ def store_part(part, column, acc, DIM: gl.constexpr, FIRST: gl.constexpr, WIDTH:
 
 @gluon.jit
 def accumulate(
-    tables, tile_weights, b_in, parts, weights, rings, slopes, barriers, num_tiles, E, FIRST: gl.constexpr,
-    SEGMENT: gl.constexpr, PLACES: gl.constexpr, DIM: gl.constexpr, HIDDEN: gl.constexpr, D1: gl.constexpr,
+    tables, tile_weights, b_in, parts, weights, rings, slopes, barriers, num_tiles, segment_tiles, E,
+    FIRST: gl.constexpr, PLACES: gl.constexpr, DIM: gl.constexpr, HIDDEN: gl.constexpr, D1: gl.constexpr,
     D2: gl.constexpr, BIAS: gl.constexpr, ACTIVATION: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_F: gl.constexpr,
     BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -173,8 +173,8 @@ def accumulate(
     zeros = gl.zeros([BLOCK_F, BLOCK_K], gl.float32, HIDDEN_MMA)
     column = gl.program_id(0) * BLOCK_F
     row = column + gl.arange(0, BLOCK_F, gl.SliceLayout(1, HIDDEN_MMA))
-    tile = gl.program_id(1) * SEGMENT
-    behind = min(tile + SEGMENT, num_tiles)
+    tile = gl.program_id(1) * segment_tiles
+    behind = min(tile + segment_tiles, num_tiles)
     step = 0
     item = 0
     while tile < behind:
@@ -234,12 +234,12 @@ def accumulate(
             tile = behind
 
 
-@gluon.jit(do_not_specialize=["num_tiles"])
+@gluon.jit(do_not_specialize=["num_tiles", "segment_tiles"])
 def weight_gradients(
     x, dy, slots, tile_weights, ends, tile_expert, tile_place, b_in, in_desc1, in_desc2, out_desc1, out_desc2,
-    parts, num_tiles, E,
+    parts, num_tiles, segment_tiles, E,
     TOP_K: gl.constexpr, DIM: gl.constexpr, HIDDEN: gl.constexpr, D1: gl.constexpr, D2: gl.constexpr,
-    BIAS: gl.constexpr, ACTIVATION: gl.constexpr, SEGMENT: gl.constexpr, PLACES: gl.constexpr, BLOCK_M: gl.constexpr,
+    BIAS: gl.constexpr, ACTIVATION: gl.constexpr, PLACES: gl.constexpr, BLOCK_M: gl.constexpr,
     BLOCK_F: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
     REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
@@ -286,14 +286,14 @@ def weight_gradients(
     barriers = (full, empty, weights_full, weights_empty, slope_full, slope_empty)
     gl.warp_specialize(
         [
-            (accumulate, (tables, tile_weights, b_in, parts, weights, rings, slopes, barriers, num_tiles, E,
-                          gl.constexpr(True), SEGMENT, PLACES, DIM, HIDDEN, D1, D2, BIAS, ACTIVATION, BLOCK_M, BLOCK_F,
+            (accumulate, (tables, tile_weights, b_in, parts, weights, rings, slopes, barriers, num_tiles, segment_tiles,
+                          E, gl.constexpr(True), PLACES, DIM, HIDDEN, D1, D2, BIAS, ACTIVATION, BLOCK_M, BLOCK_F,
                           BLOCK_K, STAGES)),
-            (accumulate, (tables, tile_weights, b_in, parts, weights, rings, slopes, barriers, num_tiles, E,
-                          gl.constexpr(False), SEGMENT, PLACES, DIM, HIDDEN, D1, D2, BIAS, ACTIVATION, BLOCK_M, BLOCK_F,
+            (accumulate, (tables, tile_weights, b_in, parts, weights, rings, slopes, barriers, num_tiles, segment_tiles,
+                          E, gl.constexpr(False), PLACES, DIM, HIDDEN, D1, D2, BIAS, ACTIVATION, BLOCK_M, BLOCK_F,
                           BLOCK_K, STAGES)),
-            (stream_rows, (tables, pointers, matrices, weights, rings, barriers, num_tiles, E, SEGMENT, TOP_K, DIM,
-                           HIDDEN, D1, D2, BLOCK_M, BLOCK_F, BLOCK_K, STAGES)),
+            (stream_rows, (tables, pointers, matrices, weights, rings, barriers, num_tiles, segment_tiles, E, TOP_K,
+                           DIM, HIDDEN, D1, D2, BLOCK_M, BLOCK_F, BLOCK_K, STAGES)),
         ],
         [4, 4],
         [REGISTERS, PRODUCER_REGISTERS],
@@ -308,6 +308,6 @@ def constants(tile: HopperWeightTile) -> dict[str, int]:
 
 
 def launch_weight_gradients(tile: HopperWeightTile, grid: tuple[int, int], arguments: Mapping[str, Any]) -> None:
-    """`arguments` by the names of the portable kernel and of this one."""
-    given = with_weights(arguments, tile.block_f) | constants(tile)
+    """`arguments` by the names of the portable kernel and of this one, with the descriptors of the weights."""
+    given = {**arguments, **constants(tile)}
     weight_gradients[grid](*(given[name] for name in weight_gradients.arg_names), num_warps=4)

@@ -17,12 +17,13 @@ from vlmoe.nn.kernels import configs
 from vlmoe.nn.kernels import expert_mlp as forward_kernels
 from vlmoe.nn.kernels import expert_mlp_backward as backward_kernels
 from vlmoe.nn.kernels.launch import repeated
+from vlmoe.nn.kernels.operator import operator, refuse_second_order
 from vlmoe.nn.kernels.tiles import Tiles, cut, multiprocessors, power_of_two
 
 GLUON_TRITON = "3.6."  # add another when tests/gpu passed on it
 
 
-@torch.library.custom_op("vlmoe::expert_mlp", mutates_args=())
+@operator
 def expert_mlp(
     x: Tensor,
     expert_ids: Tensor,
@@ -46,7 +47,7 @@ def expert_mlp(
     at = (order, ends, tiles.expert, tiles.place)
     y = x.new_empty(expert_ids.numel(), dim)
     hopper_tile = configs.hopper_forward_tile(dim, hidden)
-    if hopper_tile is not None and _runs_on_hopper(x, bank, bias, activation):
+    if hopper_tile is not None and _runs_on_hopper(x, bank, activation):
         _hopper("hopper_forward").launch_forward(
             hopper_tile, x, *at, tiles.base, weights, bank, y, top_k, bias, activation
         )
@@ -59,12 +60,12 @@ def expert_mlp(
     return _sum_slots(y, expert_ids, E)
 
 
-@expert_mlp.register_fake
+@torch.library.register_fake(expert_mlp)
 def _(x: Tensor, *others: Any) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("vlmoe::expert_mlp_backward", mutates_args=())
+@operator
 def expert_mlp_backward(
     dy: Tensor,
     x: Tensor,
@@ -85,7 +86,7 @@ def expert_mlp_backward(
     bank = _contiguous(w_in, w_out, w_gate, b_in, b_out, b_gate)
     E, hidden, dim = w_in.shape
     bias, slots = b_in is not None, expert_ids.numel()
-    hopper_tile = configs.hopper_row_gradients_tile(dim, hidden) if _runs_on_hopper(x, bank, bias, activation) else None
+    hopper_tile = configs.hopper_row_gradients_tile(dim, hidden) if _runs_on_hopper(x, bank, activation) else None
     tiles = Tiles(
         ends,
         slots,
@@ -130,7 +131,7 @@ def _backward_in_chunks(arguments: dict[str, Any], tiles: Tiles, gated: bool) ->
     parts, dw = weights.new_empty(matrices, places, size + hidden), weights.new_zeros(matrices, E, size + hidden)
     arguments = arguments | {
         "hiddens": x.new_empty(matrices, chunk_rows, hidden), "gathered": x.new_empty(2, chunk_rows, dim),
-        "chunk_rows": chunk_rows, "parts": parts, "total": dw, "BLOCK_M": by_row.block_m, "SEGMENT": segment,
+        "chunk_rows": chunk_rows, "parts": parts, "total": dw, "BLOCK_M": by_row.block_m, "segment_tiles": segment,
         "PLACES": places,
     }  # fmt: skip
     shape = {"BLOCK_N": by_row.block_n, "STAGES": by_row.stages}
@@ -166,19 +167,20 @@ def _backward_on_hopper(
     dw_in, dw_out, db_in = torch.empty_like(w_in), x.new_empty(E, dim, hidden), x.new_empty(E, hidden)
     arguments = arguments | {
         "tile_weights": new(tiles.count * configs.HOPPER_SLOTS), "parts": new(2, places, hidden * dim + hidden),
-        "num_tiles": tiles.count, "BLOCK_M": configs.HOPPER_SLOTS, "SEGMENT": triton.cdiv(tiles.count, segments),
-        "PLACES": places,
+        "num_tiles": tiles.count, "BLOCK_M": configs.HOPPER_SLOTS, "PLACES": places,
+        "segment_tiles": triton.cdiv(tiles.count, segments),
+        **_hopper("hopper").describe_weights(arguments["w_in"], arguments["w_out"], by_row.block_n),
     }  # fmt: skip
     _hopper("hopper").launch_row_gradients(by_row, min(tiles.count, processors), arguments)
     _hopper("hopper_weights").launch_weight_gradients(by_weight, (blocks, segments), arguments)
     backward_kernels.finish_segments[(triton.cdiv(hidden, 64) * triton.cdiv(dim, 64), E, 2)](
-        arguments["parts"], tiles.base, dw_in, dw_out, db_in, arguments["SEGMENT"], places, hidden, dim,
+        arguments["parts"], tiles.base, dw_in, dw_out, db_in, arguments["segment_tiles"], places, hidden, dim,
         arguments["BIAS"], 64, 64,
     )  # fmt: skip
     return dw_in, dw_out, db_in
 
 
-@expert_mlp_backward.register_fake
+@torch.library.register_fake(expert_mlp_backward)
 def _(
     dy: Tensor, x: Tensor, expert_ids: Tensor, weights: Tensor, order: Tensor, ends: Tensor, w_in: Tensor,
     w_out: Tensor, b_in: Tensor | None, b_out: Tensor | None, w_gate: Tensor | None, b_gate: Tensor | None,
@@ -194,6 +196,7 @@ def _save_expert_mlp(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _expert_mlp_gradient(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    refuse_second_order()
     saved = ctx.saved_tensors  # once: checkpointing recomputes at the first access and refuses a second
     b_in, b_out, w_gate, b_gate = saved[7:]
     left = iter(expert_mlp_backward(dy, *saved, ctx.activation))
@@ -202,7 +205,7 @@ def _expert_mlp_gradient(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     return dx, None, dweights, None, None, dw_in, dw_out, db_in, db_out, dw_gate, db_gate, None
 
 
-expert_mlp.register_autograd(_expert_mlp_gradient, setup_context=_save_expert_mlp)
+torch.library.register_autograd(expert_mlp, _expert_mlp_gradient, setup_context=_save_expert_mlp)
 
 
 def _sum_slots(y: Tensor, expert_ids: Tensor, E: int) -> Tensor:
@@ -223,10 +226,9 @@ def _contiguous(
     return [(w_in if each is None else each).contiguous() for each in (w_in, w_out, w_gate, b_in, b_out, b_gate)]
 
 
-def _runs_on_hopper(x: Tensor, bank: list[Tensor], bias: bool, activation: str) -> bool:
-    """Whether the kernels of `hopper` can run here, and ever ran so."""
-    ran = x.dtype == torch.bfloat16 and bias and activation == "gelu"
-    return ran and x.is_cuda and _has_hopper() and all(each.data_ptr() % 16 == 0 for each in bank)
+def _runs_on_hopper(x: Tensor, bank: list[Tensor], activation: str) -> bool:
+    """Whether the kernels of `hopper` can run here."""
+    return activation != "swiglu" and x.is_cuda and _has_hopper() and all(each.data_ptr() % 16 == 0 for each in bank)
 
 
 @functools.cache

@@ -2,6 +2,8 @@
 # (a launch takes plain values where the kernel's signature says constexpr)
 """Tiles of slots: where they stand, and how many of them a kernel works on at a time."""
 
+import functools
+
 import torch
 import triton
 from torch import Tensor
@@ -36,6 +38,7 @@ def cut(tiles: Tiles, tile_bytes: int, programs: int, device: torch.device) -> t
     return chunk, triton.cdiv(chunk, segments), segments + min(len(tiles.base) - 1, chunk)
 
 
+@functools.cache
 def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
