@@ -32,11 +32,10 @@ from vlmoe.config import ModelConfig, PretrainConfig, load
 from vlmoe.data import Batch, Tokenizer, block_mask, collate, text_mask, to_device
 from vlmoe.errors import UserError
 from vlmoe.models import build_encoder
-from vlmoe.models.build import compile_blocks, expert_dim, sparse_layers
+from vlmoe.models.build import compile_blocks, experts_backend
 from vlmoe.models.cost import count_parameters, flops_per_token
 from vlmoe.models.heads import PretrainModel
 from vlmoe.models.visual_tokenizer import VisualTokenizer
-from vlmoe.nn.experts import fastest_backend
 from vlmoe.tasks.pretrain import Pretrain
 from vlmoe.tasks.task import Inputs
 from vlmoe.train.graphs import GraphedUpdate
@@ -161,7 +160,7 @@ def _measure(plan: Plan, name: str, config: PretrainConfig) -> dict[str, Any]:
         "what": name,
         "compiled": plan.compiled,
         "recorded": plan.recorded,
-        "backend": _backend(config.model, device),
+        "backend": experts_backend(config.model, device, torch.bfloat16, compiled=plan.compiled),
         "streams": "+".join(inputs),
         "batch": plan.batch,
         "tokens": tokens,
@@ -229,16 +228,6 @@ def _task_without_files(config: PretrainConfig, inputs: Inputs, device: torch.de
     task.tokenizer = cast(Tokenizer, SimpleNamespace(mask_id=MASK_ID))
     task.codes_of = cast(VisualTokenizer, SimpleNamespace(encode=lambda image: codes[: len(image)]))
     return task
-
-
-def _backend(config: ModelConfig, device: torch.device) -> str:
-    """What the experts run on; empty for a dense model."""
-    ffn = config.ffn
-    if not sparse_layers(config) or ffn.backend != "auto":
-        return ffn.backend if sparse_layers(config) else ""
-    width = config.dim // (ffn.num_heads if ffn.kind == "mhmoe" else 1)
-    hidden_dim = expert_dim(ffn, config.dim)
-    return fastest_backend(torch.empty(0, width, dtype=torch.bfloat16, device=device), hidden_dim)
 
 
 def _read_recipe(recipe: Path, name: str) -> PretrainConfig:

@@ -5,7 +5,7 @@ import re
 from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vlmoe.config import FFNConfig, ModelConfig
 from vlmoe.errors import UserError
@@ -14,7 +14,7 @@ from vlmoe.models.heads import SummedCrossEntropy
 from vlmoe.nn.attention import Attention
 from vlmoe.nn.budget import dense_cost, flops_parity_hidden_dim
 from vlmoe.nn.embed import ConvStem, TextEmbed, VisionEmbed
-from vlmoe.nn.experts import Experts
+from vlmoe.nn.experts import Experts, fastest_backend
 from vlmoe.nn.ffn import FeedForward
 from vlmoe.nn.kernels import triton_problem
 from vlmoe.nn.mhmoe import MHMoE
@@ -113,12 +113,24 @@ def check_model(config: ModelConfig) -> None:
 
 def check_backend(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
     """Raises UserError where the experts' backend cannot run on this device, in this dtype."""
+    if config.ffn.backend != "triton" or not sparse_layers(config):
+        return
+    if problem := triton_problem(_no_rows(config, device, dtype), expert_dim(config.ffn, config.dim)):
+        raise UserError(f"model.ffn: {problem}")
+
+
+def experts_backend(config: ModelConfig, device: torch.device, dtype: torch.dtype, *, compiled: bool) -> str:
+    """What the experts run on, "auto" decided; empty for a dense model."""
     ffn = config.ffn
-    if ffn.backend == "triton" and sparse_layers(config):
-        sub_dim = config.dim // (ffn.num_heads if ffn.kind == "mhmoe" else 1)
-        hidden_dim = expert_dim(ffn, config.dim)
-        if problem := triton_problem(torch.empty(0, sub_dim, dtype=dtype, device=device), hidden_dim):
-            raise UserError(f"model.ffn: {problem}")
+    if not sparse_layers(config) or ffn.backend != "auto":
+        return ffn.backend if sparse_layers(config) else ""
+    rows, hidden_dim = _no_rows(config, device, dtype), expert_dim(ffn, config.dim)
+    return fastest_backend(rows, hidden_dim, ffn.activation, compiled=compiled)
+
+
+def _no_rows(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Tensor:
+    width = config.dim // (config.ffn.num_heads if config.ffn.kind == "mhmoe" else 1)
+    return torch.empty(0, width, dtype=dtype, device=device)
 
 
 def init_weights(encoder: Encoder) -> None:

@@ -71,7 +71,7 @@ def experts(
     if weights.dtype != torch.float64:
         weights = weights.float()
     if backend == "auto":
-        backend = fastest_backend(x, w_in.shape[1])
+        backend = fastest_backend(x, w_in.shape[1], activation, compiled=torch.compiler.is_compiling())
     return _checked_backend(backend)(x, expert_ids, weights, bank, _checked_activation(activation))
 
 
@@ -139,6 +139,8 @@ def grouped_experts(
     """`torch.nn.functional.grouped_mm` over the slots in expert order."""
     if problem := _grouped_problem(x.dtype, x.shape[1], bank.w_in.shape[1]):
         raise ValueError(problem)
+    if x.is_cuda and x.dtype != torch.bfloat16 and torch.compiler.is_compiling():
+        raise ValueError(f"backend 'grouped' cannot be compiled in {x.dtype}; use bfloat16 autocast, or backend 'loop'")
     order = order_slots(expert_ids, len(bank.w_in))
 
     def linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -333,15 +335,19 @@ def _grouped_problem(dtype: torch.dtype, dim: int, hidden_dim: int) -> str | Non
     return None
 
 
-def fastest_backend(x: Tensor, hidden_dim: int) -> str:
+def fastest_backend(x: Tensor, hidden_dim: int, activation: str, *, compiled: bool) -> str:
     """What "auto" takes, as measured (docs/benchmarks)."""
     if x.device.type not in ("cpu", "cuda") or _grouped_problem(x.dtype, x.shape[1], hidden_dim):
         return "loop"
     if x.device.type == "cuda":
-        return "triton" if x.shape[1] <= 256 and triton_problem(x, hidden_dim) is None else "grouped"
+        is_bf16 = x.dtype == torch.bfloat16  # torch compiles grouped products in no other dtype
+        widest = 128 if activation == "swiglu" else 256
+        if triton_problem(x, hidden_dim) is None and (x.shape[1] <= widest or not is_bf16):
+            return "triton"
+        return "grouped" if is_bf16 else "loop"
     if x.dtype == torch.float32:
         return "loop"
-    if torch.compiler.is_compiling():  # the others would break its graph
+    if compiled:  # the others would break its graph
         return "grouped"
     return "batched" if x.shape[1] * hidden_dim < SMALL else "loop"
 

@@ -26,7 +26,7 @@ from vlmoe import __version__
 from vlmoe.config import ModelConfig, RunConfig, differences, load, to_yaml
 from vlmoe.data import BadSample, BadSampleCounter, Batch, EvalLoader, build_eval_loader, build_loader
 from vlmoe.errors import UserError
-from vlmoe.models.build import check_backend, compile_blocks
+from vlmoe.models.build import check_backend, compile_blocks, experts_backend
 from vlmoe.models.weights import checkpoint_folder, checkpoint_steps, latest_checkpoint
 from vlmoe.tasks import Task, load_run, make_task
 from vlmoe.train import checkpoint, parallel
@@ -282,8 +282,7 @@ def _resume(
 def _check_backend(config: RunConfig, ranks: parallel.Ranks) -> None:
     model = getattr(config, "model", None)
     if isinstance(model, ModelConfig):
-        is_bf16 = precision(config, ranks.device) == "bf16"
-        check_backend(model, ranks.device, torch.bfloat16 if is_bf16 else torch.float32)
+        check_backend(model, ranks.device, _product_dtype(config, ranks))
 
 
 def _on_all_ranks(bad: BadSampleCounter) -> BadSampleCounter:
@@ -375,7 +374,16 @@ def _hardware(config: RunConfig, ranks: parallel.Ranks) -> str:
         name = f"{ranks.world_size} x {torch.cuda.get_device_name(ranks.device)}"
     else:
         name = f"{ranks.world_size} x CPU with {torch.get_num_threads()} threads"
-    return f"{name}, {precision(config, ranks.device)}"
+    found = f"{name}, {precision(config, ranks.device)}"
+    model = getattr(config, "model", None)
+    if not isinstance(model, ModelConfig):
+        return found
+    backend = experts_backend(model, ranks.device, _product_dtype(config, ranks), compiled=config.compile)
+    return f"{found}, experts on {backend}" if backend else found
+
+
+def _product_dtype(config: RunConfig, ranks: parallel.Ranks) -> torch.dtype:
+    return torch.bfloat16 if precision(config, ranks.device) == "bf16" else torch.float32
 
 
 def _step_seed(seed: int, step: int, rank: int) -> int:
