@@ -2,6 +2,7 @@
 rows to a CSV in docs/benchmarks.
 
 python tools/bench.py layer --dim 768 --heads 4
+python tools/bench.py experts
 python tools/bench.py routing
 python tools/bench.py step --recipe recipes/pretrain/base.yaml
 python tools/bench.py loader
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import bench_cpu
+import bench_experts
 import bench_layer
 import bench_step
 import torch
@@ -50,7 +52,7 @@ def _append(path: Path, rows: Iterable[dict[str, Any]], machine: dict[str, str])
         append_row(path, machine | row)
 
 
-BENCHES = {"layer": bench_layer.layer, "routing": bench_layer.routing}
+BENCHES = {"layer": bench_layer.layer, "routing": bench_layer.routing, "experts": bench_experts.experts}
 
 
 def main() -> None:
@@ -58,12 +60,15 @@ def main() -> None:
     verbs = parser.add_subparsers(dest="bench", required=True)
     for name, bench in BENCHES.items():
         verb = verbs.add_parser(name, help=bench.__doc__)
+        verb.add_argument("--repeats", type=int, default=20)
+        verb.add_argument("--out", type=Path, default=FOLDER / f"{name}.csv")
+        if name == "experts":
+            verb.add_argument("--cases", type=int, nargs="+", help="numbers in bench_experts.CASES; all if left out")
+            continue
         verb.add_argument("--tokens", type=int, default=65_536)
         verb.add_argument("--heads", type=int, default=4, help="sub-tokens per token")
         verb.add_argument("--experts", type=int, default=32)
         verb.add_argument("--top-k", type=int, default=2)
-        verb.add_argument("--repeats", type=int, default=20)
-        verb.add_argument("--out", type=Path, default=FOLDER / f"{name}.csv")
         if name == "layer":
             verb.add_argument("--dim", type=int, default=768)
             verb.add_argument("--multiple-of", type=int, default=64, help="of the experts' hidden width")

@@ -1,14 +1,13 @@
 """What `bench.py layer` and `bench.py routing` time on a GPU."""
 
 import argparse
-import statistics
-import time
 import unittest.mock
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from bench_table import median_ratio
+from bench_time import median, replayed, rounds_ms
 from torch import Tensor, nn
 
 from vlmoe.nn import MHMoE, kernels
@@ -18,8 +17,6 @@ from vlmoe.nn.ffn import FeedForward
 
 BACKENDS = ("triton", "grouped", "torch")
 WAITING = ("loop", "batched")  # for the device: neither one graph nor recorded
-ROUNDS = 5
-SECONDS_OF_WARM_UP = 0.15  # of each function in each round
 
 
 def layer(args: argparse.Namespace) -> Iterable[dict[str, Any]]:
@@ -39,9 +36,9 @@ def layer(args: argparse.Namespace) -> Iterable[dict[str, Any]]:
     extra_gib = {name: each.extra_gib() for name, each in passes.items()}
     for recorded in (True, False):
         timed = {name: each for name, each in passes.items() if not (recorded and name in WAITING)}
-        how = _replayed if recorded else lambda function: function
-        both_ms = _rounds_ms([how(each.both) for each in timed.values()], args.repeats)
-        forward_ms = _rounds_ms([how(each.forward) for each in timed.values()], args.repeats)
+        how = replayed if recorded else lambda function: function
+        both_ms = rounds_ms([how(each.both) for each in timed.values()], args.repeats)
+        forward_ms = rounds_ms([how(each.forward) for each in timed.values()], args.repeats)
         for name, both, forward in zip(timed, both_ms, forward_ms, strict=True):
             yield {
                 "what": name,
@@ -52,8 +49,8 @@ def layer(args: argparse.Namespace) -> Iterable[dict[str, Any]]:
                 "experts": args.experts,
                 "top_k": args.top_k,
                 "recorded": recorded,
-                "fwd_ms": _median(forward),
-                "fwd_bwd_ms": _median(both),
+                "fwd_ms": median(forward),
+                "fwd_bwd_ms": median(both),
                 "extra_gib": round(extra_gib[name], 3),
                 "fwd_bwd_vs_dense": round(median_ratio(both, both_ms[0]), 3),
                 "memory_vs_dense": round(extra_gib[name] / extra_gib["dense"], 3),
@@ -78,8 +75,8 @@ def routing(args: argparse.Namespace) -> Iterable[dict[str, Any]]:
             "sub_tokens": len(logits),
             "experts": args.experts,
             "top_k": args.top_k,
-            "eager_ms": _median(_rounds_ms([function], args.repeats)[0]),
-            "graph_ms": _median(_rounds_ms([_replayed(function)], args.repeats)[0]),
+            "eager_ms": median(rounds_ms([function], args.repeats)[0]),
+            "graph_ms": median(rounds_ms([replayed(function)], args.repeats)[0]),
         }
 
 
@@ -120,37 +117,3 @@ class _Passes:
         torch.cuda.reset_peak_memory_stats()
         self.both()
         return (torch.cuda.max_memory_allocated() - before) / 2**30
-
-
-def _rounds_ms(functions: Sequence[Callable[[], object]], repeats: int) -> list[list[float]]:
-    """Of each function the median of `repeats` calls in each round, by device events. In a round one function after another
-    runs for a while first, which fills caches and lets the power limit set the clock; inputs are larger than the L2 cache."""
-    found: list[list[float]] = [[] for _ in functions]
-    for _ in range(ROUNDS):
-        for function, medians in zip(functions, found, strict=True):
-            start = time.monotonic()
-            while time.monotonic() - start < SECONDS_OF_WARM_UP:
-                for _ in range(repeats):
-                    function()
-                torch.cuda.synchronize()
-            events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
-            for first, last in events:
-                first.record()
-                function()
-                last.record()
-            torch.cuda.synchronize()
-            medians.append(statistics.median(first.elapsed_time(last) for first, last in events))
-    return found
-
-
-def _median(values: Iterable[float]) -> float:
-    return round(statistics.median(values), 4)
-
-
-def _replayed(function: Callable[[], object]) -> Callable[[], object]:
-    """The same kernels from a CUDA graph: what the device needs, without the gaps between small launches."""
-    function()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        function()
-    return graph.replay
