@@ -33,25 +33,23 @@ CASES: tuple[dict[str, Any], ...] = (
 
 
 def experts(args: argparse.Namespace) -> Iterable[dict[str, Any]]:
-    """Forward + backward of the experts alone, the order of slots with them: compiled, bf16, played from a CUDA graph
-    ("recorded") and launched. With "skewed" routing the first experts have most slots, and the last ones none."""
+    """Forward + backward of the experts alone, the order of slots with them, on both backends: compiled, bf16, played from a
+    CUDA graph and launched. With "skewed" routing the first experts have most slots, and the last ones none."""
     for number, differs in enumerate(CASES):
         if args.cases and number not in args.cases:
             continue
         case = USUAL | differs
         torch.compiler.reset()
         passes = [_pass(case, backend) for backend in BACKENDS]
-        for recorded in (True, False):
-            times = rounds_ms([replayed(each) if recorded else each for each in passes], args.repeats, ROUNDS)
-            for backend, ms in zip(BACKENDS, times, strict=True):
-                yield {
-                    "what": backend,
-                    **case,
-                    "recorded": recorded,
-                    "is_auto": backend == _auto(case),
-                    "fwd_bwd_ms": median(ms),
-                    "vs_grouped": round(median_ratio(ms, times[0]), 3),
-                }
+        row = {"auto": _auto(case), **case}
+        for prefix, how in (("", replayed), ("launched_", lambda function: function)):
+            grouped, triton = rounds_ms([how(each) for each in passes], args.repeats, ROUNDS)
+            row |= {
+                f"{prefix}grouped_ms": median(grouped),
+                f"{prefix}triton_ms": median(triton),
+                f"{prefix}triton_vs_grouped": round(median_ratio(triton, grouped), 3),
+            }
+        yield row
 
 
 def _pass(case: dict[str, Any], backend: str) -> Any:

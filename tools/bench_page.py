@@ -233,6 +233,27 @@ BENCHES = {
         commands=_layer_commands,
         draw=partial(draw_layers, aims=AIMS),
     ),
+    "experts": Bench(
+        title="Backends of the experts on a GPU",
+        about="Forward + backward of the experts alone with `triton` and with `grouped`, compiled, bf16, played from a CUDA\n"
+        "graph and launched by the host; auto is what `backend: auto` takes. Where the device needs less time than the host,\n"
+        "launched figures are the host's, and the way out is a CUDA graph (`cuda_graphs: true`). Skewed routing: the first\n"
+        "experts have most slots, the last ones none. Medians of three rounds at the clock of the power limit.",
+        versions=("torch", "cuda", "triton"),
+        group=("rows", "dim", "hidden_dim", "experts", "top_k", "activation", "bias", "routing"),
+        way="auto",
+        figures=("rows", "dim", "hidden_dim", "grouped_ms", "triton_ms", "triton_vs_grouped", "launched_grouped_ms",
+                 "launched_triton_ms", "launched_triton_vs_grouped"),
+        shown=(
+            ("sub-tokens", "rows", ",.0f"), ("width", "dim", ".0f"), ("hidden width", "hidden_dim", ".0f"),
+            ("experts", "experts", ".0f"), ("top k", "top_k", ".0f"), ("activation", "activation", ""), ("bias", "bias", ""),
+            ("routing", "routing", ""), ("auto", "auto", ""), ("grouped, ms", "grouped_ms", ".2f"),
+            ("triton, ms", "triton_ms", ".2f"), ("triton / grouped", "triton_vs_grouped", ".2f"),
+            ("launched: grouped, ms", "launched_grouped_ms", ".2f"), ("launched: triton, ms", "launched_triton_ms", ".2f"),
+            ("launched: triton / grouped", "launched_triton_vs_grouped", ".2f"),
+        ),
+        commands=lambda rows: ["python tools/bench.py experts"],
+    ),
     "routing": Bench(
         title="Routing on a GPU",
         about="Softmax, top-k and the order of slots, with torch's operators and with the kernels: eager, and replayed from\n"
