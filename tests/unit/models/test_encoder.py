@@ -19,7 +19,7 @@ from vlmoe.models import (
     layer_ids,
     no_weight_decay,
 )
-from vlmoe.models.build import expert_dim
+from vlmoe.models.build import expert_dim, experts_backend
 from vlmoe.models.encoder import drop_paths
 from vlmoe.models.heads import prefix_lm_blocked
 
@@ -257,6 +257,20 @@ def test_experts_have_the_flops_of_a_dense_layer():
     assert expert_dim(FFNConfig(kind="moe", hidden_dim=40), 192) == 40
     with pytest.raises(UserError, match=r"model\.ffn\.hidden_dim"):
         expert_dim(FFNConfig(kind="mhmoe", num_split_layers=3, num_merge_layers=3, dense_dim=192), 192)
+
+
+@pytest.mark.parametrize(
+    ("ffn", "compiled", "backend"),
+    [
+        ({"moe_every": 0}, False, ""),
+        ({"backend": "grouped"}, False, "grouped"),
+        ({"hidden_dim": 64}, False, "batched"),
+        ({"hidden_dim": 64}, True, "grouped"),
+    ],
+)
+def test_what_the_experts_run_on(ffn, compiled, backend):
+    config = ModelConfig(dim=96, ffn=FFNConfig(**{"num_heads": 2, "num_experts": 4} | ffn))
+    assert experts_backend(config, torch.device("cpu"), torch.bfloat16, compiled=compiled) == backend
 
 
 def test_initial_sizes_are_magnetos():
