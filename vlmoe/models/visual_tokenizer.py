@@ -83,7 +83,8 @@ class Codebook(nn.Module):
         self.register_buffer("is_started", torch.zeros((), dtype=torch.bool))
 
     def forward(self, vectors: Float[Tensor, "*rows code_dim"]) -> Int[Tensor, "*rows"]:
-        return (vectors.float() @ self.weight.T).argmax(-1)
+        with torch.autocast(vectors.device.type, enabled=False):  # in 16 bits near codes are equally far
+            return (vectors.float() @ self.weight.T).argmax(-1)
 
     @torch.no_grad()
     def update(self, vectors: Float[Tensor, "V code_dim"], *, decay: float, revive_after: int) -> None:
@@ -216,8 +217,10 @@ def _means_by_code(
     vectors: Float[Tensor, "V code_dim"], codes: Int[Tensor, " V"], num_codes: int
 ) -> tuple[Float[Tensor, "C code_dim"], Float[Tensor, " C"]]:
     """Mean direction of each code's rows over all ranks (zero where it has none), and how many rows it has."""
-    sums = vectors.new_zeros(num_codes, vectors.shape[1]).index_add_(0, codes, vectors)
     counts = vectors.new_zeros(num_codes).index_add_(0, codes, vectors.new_ones(len(codes)))
+    # in one order: sums by atomics would differ from run to run
+    by_code = vectors[codes.argsort(stable=True)]
+    sums = torch.segment_reduce(by_code, "sum", lengths=counts.long(), unsafe=True)
     if torch.distributed.is_initialized():
         torch.distributed.all_reduce(sums)
         torch.distributed.all_reduce(counts)

@@ -20,6 +20,8 @@ def test_a_row_gets_the_code_of_largest_cosine():
     book, rows = Codebook(12, 6), unit_rows(40)
     slow = [max(range(12), key=lambda c: float(F.cosine_similarity(row, book.weight[c], dim=0))) for row in rows]
     assert book(rows).tolist() == slow
+    with torch.autocast("cpu", torch.bfloat16):  # as training calls it
+        assert book(rows).tolist() == slow
 
 
 def test_a_code_moves_towards_the_mean_of_its_rows():
