@@ -17,7 +17,9 @@ RANGES: dict[str, tuple[float, float]] = {
         "drop_path ema_decay label_smoothing",
         (1e-3, 1.0): "crop_scale",
         (0.0, math.nextafter(1.0, 0.0)): "betas",
-        (0.0, math.inf): "lr min_lr eps weight_decay warmup_steps clip_norm weight head_lr_scale color_jitter "
+        (1e-15, 1.0): "eps",
+        (1e-6, math.inf): "capacity_factor",
+        (0.0, math.inf): "lr min_lr weight_decay warmup_steps clip_norm weight head_lr_scale color_jitter "
         "upsampling rand_augment workers batch_size held_out_images length_penalty load_balancing router_z commitment "
         "moe_every decoder_depth",
         (1, math.inf): "steps stop_at log_every eval_every checkpoint_every keep_checkpoints accumulate shuffle_shards "

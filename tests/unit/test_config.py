@@ -73,6 +73,8 @@ def test_the_resolved_recipe_reads_back_the_same(tmp_path_factory, steps, lr, ki
         ("steps", "override 'steps' is not key=value"),
         ("steps=0", "steps is 0; it must be at least 1"),
         ("pair_text_mask_ratio=1.5", "pair_text_mask_ratio is 1.5; it must be between 0 and 1"),
+        ("optim.eps=0", "optim.eps is 0.0; it must be between 1e-15 and 1"),
+        ("model.ffn.capacity_factor=.inf", "model.ffn.capacity_factor is inf; it must be at least 1e-06, and finite"),
         ("optim.lr=-1", "optim.lr is -1.0; it must be at least 0"),
         ("data.pairs.sources[0].upsampling=-1", "data.pairs.sources[0].upsampling is -1.0; it must be at least 0"),
         ("task=dance", "task is 'dance'; choose one of pretrain, visual_tokenizer, vqa"),

@@ -56,7 +56,7 @@ def describe_model(config: ModelConfig, vocab_size: int, num_codes: int) -> str:
     sparse = sparse_layers(config)
     kind = f"{ffn.kind} ({ffn.gate} gate)" if sparse else "dense"
     heads = f"{ffn.num_heads} x {config.dim // ffn.num_heads} features" if ffn.kind == "mhmoe" else "whole tokens"
-    hidden = expert_dim(ffn, config.dim)
+    hidden = expert_dim(ffn, config.dim) if sparse else 0
     lines = [
         f"model: {config.depth} layers of width {config.dim}, {config.multiway}, {kind}"
         + (

@@ -187,11 +187,11 @@ class RetrievalModel(nn.Module):
         image_embedding, text_embedding, routings = None, None, {}
         if image is not None:
             out = self.encoder(image)
-            image_embedding = F.normalize(self.vision_head(out.parts["vision"][:, 0]), dim=-1)
+            image_embedding = F.normalize(self.vision_head(out.parts["vision"][:, 0]).float(), dim=-1)
             routings.update({f"image.{name}": routing for name, routing in out.routings.items()})
         if text is not None:
             out = self.encoder(text=text, text_padding=text_padding, text_at=text_at)
-            text_embedding = F.normalize(self.language_head(out.parts["text"][:, 0]), dim=-1)
+            text_embedding = F.normalize(self.language_head(out.parts["text"][:, 0]).float(), dim=-1)
             routings.update({f"text.{name}": routing for name, routing in out.routings.items()})
         return RetrievalOutput(image_embedding, text_embedding, self.logit_scale.exp(), routings)
 

@@ -106,8 +106,10 @@ def flops_parity_hidden_dim(
         multiple_of: the answer is a multiple of it. 8 is what grouped products in bfloat16 need; 64 runs faster.
 
     Raises:
-        ValueError: the layer costs more than `target` whatever the width of its experts.
+        ValueError: the layer costs more than `target` whatever the width of its experts, or top_k is below 1.
     """
+    if top_k < 1:
+        raise ValueError(f"top_k is {top_k}; choose 1 or more")
 
     def flops(hidden_dim: int) -> int:
         return mhmoe_cost(

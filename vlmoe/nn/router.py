@@ -3,6 +3,7 @@
 Axes: `rows` (tokens, or sub-tokens in MH-MoE), `dim` of a row, `experts`, `top_k` chosen ones.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -146,7 +147,7 @@ class TopKRouter(nn.Module):
             raise ValueError(f"top_k is {top_k}; choose 1 to num_experts ({num_experts})")
         if gate not in GATES:
             raise ValueError(f"gate is {gate!r}; choose one of {', '.join(GATES)}")
-        if capacity_factor is not None and capacity_factor <= 0:
+        if capacity_factor is not None and not 0 < capacity_factor < math.inf:
             raise ValueError(f"capacity_factor is {capacity_factor}; choose a positive number, or None to drop nothing")
         self.gate = GATES[gate](dim, num_experts)
         self.top_k = top_k
@@ -182,7 +183,7 @@ def _within_capacity(expert_ids: Tensor, num_experts: int, capacity_factor: floa
     if is_real is None:
         is_real = torch.ones_like(expert_ids, dtype=torch.bool)
     real_rows = is_real[:, 0].sum()
-    capacity = top_k * (real_rows.double() * capacity_factor / num_experts).ceil().long()
+    capacity = top_k * (real_rows.double() * capacity_factor / num_experts).ceil().clamp(max=rows).long()
     queue = torch.where(is_real, expert_ids, num_experts).t().reshape(-1, 1)
     order = order_slots(queue, num_experts)
     starts = F.pad(order.ends, (1, 0))  # the last one is that of the tail

@@ -20,6 +20,7 @@ from vlmoe.models import (
     no_weight_decay,
 )
 from vlmoe.models.build import expert_dim, experts_backend
+from vlmoe.models.cost import describe_model
 from vlmoe.models.encoder import drop_paths
 from vlmoe.models.heads import prefix_lm_blocked
 
@@ -248,6 +249,9 @@ def test_retrieval_takes_images_and_texts_apart(given):
     assert both.routings.keys() == {"image.layers.1", "text.layers.1"}
     assert torch.equal(both.image_embedding, images.image_embedding) and images.text_embedding is None
     assert both.logit_scale.item() == pytest.approx(1 / 0.07)
+    with torch.autocast("cpu", torch.bfloat16):
+        image = model(given["image"]).image_embedding
+    torch.testing.assert_close(image.norm(dim=-1), torch.ones(3))
 
 
 def test_experts_have_the_flops_of_a_dense_layer():
@@ -257,6 +261,11 @@ def test_experts_have_the_flops_of_a_dense_layer():
     assert expert_dim(FFNConfig(kind="moe", hidden_dim=40), 192) == 40
     with pytest.raises(UserError, match=r"model\.ffn\.hidden_dim"):
         expert_dim(FFNConfig(kind="mhmoe", num_split_layers=3, num_merge_layers=3, dense_dim=192), 192)
+
+
+def test_a_dense_model_needs_no_sizes_of_experts():
+    config = ModelConfig(ffn=FFNConfig(kind="dense", top_k=0, dense_dim=16))
+    assert "dense" in describe_model(config, 50, 8)
 
 
 @pytest.mark.parametrize(

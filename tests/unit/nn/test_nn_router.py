@@ -1,5 +1,7 @@
 """The router's choice, weights and capacity, and the losses over them."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -78,7 +80,7 @@ def test_torchscale_embeddings_act_by_direction_and_learn_as_if_of_norm_one_and_
     rows=st.integers(1, 30),
     num_experts=st.integers(2, 6),
     top_k=st.integers(1, 2),
-    capacity_factor=st.sampled_from([0.1, 0.5, 1.0, 1.25, 8.0]),
+    capacity_factor=st.sampled_from([0.1, 0.5, 1.0, 1.25, 8.0, 1e30]),
 )
 def test_capacity_is_a_queue(seed: int, rows: int, num_experts: int, top_k: int, capacity_factor: float) -> None:
     torch.manual_seed(seed)
@@ -86,7 +88,7 @@ def test_capacity_is_a_queue(seed: int, rows: int, num_experts: int, top_k: int,
     is_padding = torch.rand(rows) < 0.3
     routing = router(torch.randn(rows, 8), is_padding)
     real = int((~is_padding).sum())
-    room = [top_k * -int(-capacity_factor * real // num_experts)] * num_experts
+    room = [min(top_k * -int(-capacity_factor * real // num_experts), top_k * rows)] * num_experts
     kept = torch.zeros_like(routing.expert_ids, dtype=torch.bool)
     for choice in range(top_k):
         for row in range(rows):
@@ -97,6 +99,12 @@ def test_capacity_is_a_queue(seed: int, rows: int, num_experts: int, top_k: int,
     assert torch.equal(routing.kept, kept)
     assert torch.equal(routing.weights > 0, kept)
     assert torch.equal(routing.load, torch.bincount(routing.expert_ids[kept], minlength=num_experts))
+
+
+@pytest.mark.parametrize("capacity_factor", [0.0, -1.0, math.inf, math.nan])
+def test_a_capacity_that_is_none_is_refused(capacity_factor: float) -> None:
+    with pytest.raises(ValueError, match="None to drop nothing"):
+        TopKRouter(8, 4, 2, capacity_factor=capacity_factor)
 
 
 def test_load_balancing_loss_at_its_ends() -> None:
