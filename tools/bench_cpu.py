@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from vlmoe.nn import MHMoE
 from vlmoe.nn.budget import dense_cost, flops_parity_hidden_dim
 from vlmoe.nn.ffn import FeedForward
+from vlmoe.train.hardware import multiplies_bf16
 from vlmoe.train.memory import keep_freed_memory
-from vlmoe.train.trainer import multiplies_bf16
 
 SHAPES = ((192, 2, 20, 1024), (384, 3, 30, 2048), (768, 4, 32, 2048))  # width, heads, experts, tokens
 BACKENDS = ("auto", "loop", "batched", "grouped")

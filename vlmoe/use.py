@@ -24,7 +24,7 @@ from vlmoe.tasks.classification import Classification
 from vlmoe.tasks.nlvr2 import NLVR2
 from vlmoe.tasks.retrieval import Retrieval
 from vlmoe.tasks.vqa import VQA
-from vlmoe.train.trainer import precision
+from vlmoe.train.hardware import autocast, check_experts
 
 Picture = str | Path | Image.Image | Pixels
 Pictures = list[str] | list[Path] | list[Image.Image] | list[Pixels]
@@ -46,7 +46,8 @@ def load(run: str | Path, device: str = "auto", *, batch_size: int = 32, overrid
         overrides: `key=value` settings that replace the recipe's, such as "beam_size=5".
 
     Raises:
-        UserError: there is no checkpoint, or it is damaged; there is no such device; `batch_size` is below 1.
+        UserError: there is no checkpoint, or it is damaged; there is no such device, or it cannot run the recipe's
+            backend; `batch_size` is below 1.
     """
     if batch_size < 1:
         raise UserError(f"batch_size is {batch_size}; it must be at least 1")
@@ -67,6 +68,7 @@ class Model:
 
     def __init__(self, run: Path, device: torch.device, batch_size: int, overrides: Sequence[str]) -> None:
         loaded = load_run(run, device, list(overrides))
+        check_experts(loaded.config, device)
         self.run, self.checkpoint, self.config = run, loaded.folder, loaded.config
         self.device, self.batch_size = device, batch_size
         self._task, self._model = loaded.task, loaded.model
@@ -142,7 +144,7 @@ class Model:
     def embed_text(self, text: str | list[str]) -> Float[Tensor, "*texts dim"]:
         """Of unit length, float32, on the CPU."""
         task, texts = self._of(Retrieval, "retrieval", "embeds texts"), _valid(_as_list(text))
-        with torch.inference_mode(), self._autocast():
+        with torch.inference_mode(), autocast(self.config, self.device):
             parts = [texts[i : i + self.batch_size] for i in range(0, len(texts), self.batch_size)]
             found = torch.cat(
                 [torch.zeros(0, task.config.model.dim), *(task.embed_texts(self._model, part).cpu() for part in parts)]
@@ -165,18 +167,18 @@ class Model:
         results: list[Any] = []
         while part := list(islice(prepared, self.batch_size)):
             batch = collate(part, pad_id=task.pad_id, max_text_length=task.max_text_length)
-            with torch.inference_mode(), self._autocast():
+            with torch.inference_mode(), autocast(self.config, self.device):
                 results += run(to_device(batch, self.device))
         return results
 
-    def _autocast(self) -> torch.autocast:
-        is_bf16 = precision(self.config, self.device) == "bf16"
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=is_bf16)
-
 
 def open_picture(picture: Picture) -> Pixels:
-    """RGB and upright. Raises UserError for a file that is missing or no picture."""
+    """RGB and upright. Raises UserError for a file that is missing or no picture, and a tensor that is no pixels."""
     if isinstance(picture, Tensor):
+        if picture.dtype != torch.uint8 or picture.dim() != 3 or picture.shape[0] != 3:
+            raise UserError(
+                f"a picture is a {picture.dtype} tensor {list(picture.shape)}; give uint8 [3, height, width], or a PIL image"
+            )
         return picture
     if isinstance(picture, Image.Image):
         return to_pixels(to_rgb(picture))

@@ -6,9 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
 
 from vlmoe.config import load
 from vlmoe.models.weights import latest_checkpoint, read_tensors
+from vlmoe.train import parallel
 from vlmoe.train.tracker import read_metrics
 from vlmoe.train.trainer import train
 
@@ -40,3 +44,16 @@ def test_two_ranks_equal_one_process(pretrain_recipe: Path, tiny_world, broken_s
     weights = [read_tensors(latest_checkpoint(tmp_path / name) / "model.safetensors") for name in ("one", "two")]
     for name, tensor in weights[0].items():
         assert (tensor - weights[1][name]).norm() <= 1e-3 * tensor.norm() + 1e-6, name
+
+
+def test_what_no_batch_reaches_keeps_no_gradient(tmp_path: Path):
+    """As on one rank: an optimiser would decay it."""
+    layers = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
+    layers[0](torch.ones(1, 2)).sum().backward()
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        parallel.sum_gradients(layers)
+    finally:
+        parallel.leave()
+    assert all(each.grad is not None for each in layers[0].parameters())
+    assert all(each.grad is None for each in layers[1].parameters())

@@ -189,6 +189,19 @@ def test_a_picture_in_memory_is_treated_like_its_file(tmp_path: Path):
         torch.testing.assert_close(open_picture(Image.open(path)), open_picture(path), atol=2, rtol=0)
 
 
+def test_a_tensor_is_pixels_or_refused():
+    assert open_picture(torch.zeros(3, 4, 5, dtype=torch.uint8)).shape == (3, 4, 5)
+    for wrong in (torch.zeros(3, 4, 5), torch.zeros(4, 5, 3, dtype=torch.uint8), torch.zeros(4, 5, dtype=torch.uint8)):
+        with pytest.raises(UserError, match=r"uint8 \[3, height, width\]"):
+            open_picture(wrong)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the backend may run there")
+def test_a_backend_that_cannot_run_here_is_named(trained):
+    with pytest.raises(UserError, match=r"model.ffn: backend 'triton' needs"):
+        vlmoe.load(trained("retrieval", "coco"), overrides=["model.ffn.backend=triton"])
+
+
 def test_importing_the_package_brings_no_torch():
     code = "import sys, vlmoe; assert 'torch' not in sys.modules; vlmoe.load; assert 'torch' in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -56,12 +56,15 @@ def broadcast_model(model: nn.Module) -> None:
 
 
 def sum_gradients(model: nn.Module) -> None:
-    """Sum over ranks, in place, one all-reduce per dtype. A parameter that no rank's batch reached counts as zero."""
+    """Sum over ranks, in place, one all-reduce per dtype. A parameter that no rank's batch reached keeps no gradient, as on one
+    rank: the optimiser leaves it alone."""
     if not dist.is_initialized():
         return
     by_dtype: dict[torch.dtype, list[Tensor]] = {}
-    for parameter in model.parameters():
-        if parameter.requires_grad:
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    reached = sum_over_ranks(torch.tensor([float(parameter.grad is not None) for parameter in trained])).tolist()
+    for parameter, ranks in zip(trained, reached, strict=True):
+        if ranks:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             by_dtype.setdefault(parameter.grad.dtype, []).append(parameter.grad)

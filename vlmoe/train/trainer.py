@@ -23,15 +23,16 @@ import torch
 from torch import Tensor, nn
 
 from vlmoe import __version__
-from vlmoe.config import ModelConfig, RunConfig, differences, load, to_yaml
+from vlmoe.config import RunConfig, differences, load, to_yaml
 from vlmoe.data import BadSample, BadSampleCounter, Batch, EvalLoader, build_eval_loader, build_loader
 from vlmoe.errors import UserError
-from vlmoe.models.build import check_backend, compile_blocks, experts_backend
+from vlmoe.models.build import compile_blocks
 from vlmoe.models.weights import checkpoint_folder, checkpoint_steps, latest_checkpoint
 from vlmoe.tasks import Task, load_run, make_task
 from vlmoe.train import checkpoint, parallel
 from vlmoe.train.checkpoint import clear_disk_errors
 from vlmoe.train.graphs import GraphedUpdate, Update
+from vlmoe.train.hardware import autocast, check_experts, describe_hardware
 from vlmoe.train.memory import keep_freed_memory
 from vlmoe.train.optim import learning_rate, make_optimizer, set_learning_rate
 from vlmoe.train.tracker import Tracker
@@ -73,12 +74,15 @@ def evaluate(run: Path, overrides: list[str]) -> dict[str, float]:
     config = load(latest_checkpoint(run) / "recipe.yaml", overrides)
     ranks = parallel.join(config.device)
     try:
-        _check_backend(config, ranks)
+        check_experts(config, ranks.device)
         loaded = load_run(run, ranks.device, overrides)
         held_out = _open_held_out(loaded.config, loaded.task, ranks)
-        return _evaluate(
+        figures = _evaluate(
             loaded.config, loaded.task, loaded.model, held_out, ranks, run=run, checkpoint=loaded.folder.name
         )
+        if not figures:
+            raise UserError(f"{run}: nothing is held out; set data.examples.eval_sources, or eval_shards of a stream")
+        return figures
     finally:
         parallel.leave()
 
@@ -89,7 +93,7 @@ def _train(config: RunConfig, ranks: parallel.Ranks) -> Outcome:
         keep_freed_memory()
     torch.manual_seed(config.seed)
     task = make_task(config, ranks.device)
-    _check_backend(config, ranks)
+    check_experts(config, ranks.device)
     model = task.build_model().to(ranks.device)
     if not checkpoint_steps(run):
         task.start(model)
@@ -105,8 +109,9 @@ def _train(config: RunConfig, ranks: parallel.Ranks) -> Outcome:
     tracker = Tracker(config, first) if ranks.is_main else None
     if tracker:
         tracker.say(task.describe(model))
+        hardware = describe_hardware(config, ranks.device, ranks.world_size)
         begin = f"going on from step {first}" if first else "starting"
-        tracker.say(f"{run}: {'complete' if first == config.steps else begin} on {_hardware(config, ranks)}")
+        tracker.say(f"{run}: {'complete' if first == config.steps else begin} on {hardware}")
     last = min(config.steps, config.stop_at or config.steps)
     batches = build_loader(
         streams, task.prepare, seed=config.seed, first_step=first, num_steps=last,
@@ -115,7 +120,7 @@ def _train(config: RunConfig, ranks: parallel.Ranks) -> Outcome:
     )  # fmt: skip
     update = _make_update(config, task, model, optimizer, ranks)
     metrics: dict[str, float] = {}
-    health = _Health(run)
+    health = _Health(config, first)
     with _stop_signals() as stop:
         for step, micro_batches in enumerate(batches, start=first + 1):
             started = time.monotonic()
@@ -196,7 +201,7 @@ def _update(
     sums: dict[str, Tensor] = {}
     states: list[Any] = []
     for batch in micro_batches:
-        with _autocast(config, ranks):
+        with autocast(config, ranks.device):
             loss = task.loss(model, batch.inputs, totals)
         loss.total.backward()
         for name, value in {"loss": loss.total.detach(), **loss.metrics}.items():
@@ -243,7 +248,7 @@ def _evaluate(
         broken += batch.bad
         seen += batch.seen
         if batch.inputs:  # not compiled: these shapes come too seldom to pay, and `evaluate` finds the same figures
-            with torch.compiler.set_stance("force_eager"), _autocast(config, ranks):
+            with torch.compiler.set_stance("force_eager"), autocast(config, ranks.device):
                 records += task.predict(model, batch.inputs)
     records = parallel.gather_lists(records)
     bad = BadSampleCounter(config.data.max_bad_fraction)
@@ -255,7 +260,7 @@ def _evaluate(
         said = json.dumps({"checkpoint": checkpoint, "metrics": figures}, indent=1)
         for name, content in {"metrics.json": said, **task.prediction_files(records)}.items():
             with clear_disk_errors(run / name):
-                (run / name).write_text(content)
+                (run / name).write_text(content, encoding="utf-8")
     return figures
 
 
@@ -279,12 +284,6 @@ def _resume(
     return int(state["step"])
 
 
-def _check_backend(config: RunConfig, ranks: parallel.Ranks) -> None:
-    model = getattr(config, "model", None)
-    if isinstance(model, ModelConfig):
-        check_backend(model, ranks.device, _product_dtype(config, ranks))
-
-
 def _on_all_ranks(bad: BadSampleCounter) -> BadSampleCounter:
     total = BadSampleCounter(bad.max_bad_fraction)
     for state in parallel.gather_lists([bad.state_dict()]):
@@ -304,25 +303,24 @@ def _name(broken: Sequence[BadSample], before: Counter[str]) -> None:
 class _Health:
     """Stops a run whose loss or gradient is no longer a number, before anything of it is saved."""
 
-    def __init__(self, run: Path) -> None:
-        self.run, self.is_broken, self.last_look = run, torch.zeros((), dtype=torch.bool), 0
+    def __init__(self, config: RunConfig, first: int) -> None:
+        self.run, self.takes_init = Path(config.out), hasattr(config, "init")
+        self.is_broken, self.last_look = torch.zeros((), dtype=torch.bool), first
 
     def watch(self, found: dict[str, Tensor], step: int, look: bool) -> None:
         is_finite = torch.isfinite(found["loss"]) & torch.isfinite(found["gradient_norm"])
         self.is_broken = self.is_broken.to(is_finite.device) | ~is_finite
         if look and self.is_broken:
-            saved = checkpoint_steps(self.run)
-            kept = (
-                f"checkpoint {checkpoint_folder(self.run, saved[-1])} is good"
-                if saved
-                else "no checkpoint was written yet"
-            )
+            kept, go_on = "no checkpoint was written yet", ""
+            if saved := checkpoint_steps(self.run):
+                good = checkpoint_folder(self.run, saved[-1])
+                kept, go_on = f"checkpoint {good} is good", f" (init={good} starts from it)" if self.takes_init else ""
             where = (
                 f"at step {step}" if self.last_look == step - 1 else f"between steps {self.last_look + 1} and {step}"
             )
             raise UserError(
                 f"the loss or its gradient became NaN or infinite {where}; {kept}: lower optim.lr, lengthen "
-                f"optim.warmup_steps or lower optim.clip_norm, and set another `out` or go on from the checkpoint"
+                f"optim.warmup_steps or lower optim.clip_norm, and set another `out`{go_on}"
             )
         self.last_look = step if look else self.last_look
 
@@ -346,44 +344,6 @@ def _stop_signals():
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def precision(config: RunConfig, device: torch.device) -> str:
-    """The recipe's, with `auto` decided: bf16 where the hardware multiplies it natively."""
-    if config.precision != "auto":
-        return config.precision
-    return "bf16" if multiplies_bf16(device) else "fp32"
-
-
-def multiplies_bf16(device: torch.device) -> bool:
-    """Natively, not emulated."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    can = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return bool(can.get("amx_bf16") or can.get("avx512_bf16"))
-
-
-def _autocast(config: RunConfig, ranks: parallel.Ranks) -> torch.autocast:
-    return torch.autocast(
-        ranks.device.type, torch.bfloat16, enabled=precision(config, ranks.device) == "bf16", cache_enabled=True
-    )
-
-
-def _hardware(config: RunConfig, ranks: parallel.Ranks) -> str:
-    if ranks.device.type == "cuda":
-        name = f"{ranks.world_size} x {torch.cuda.get_device_name(ranks.device)}"
-    else:
-        name = f"{ranks.world_size} x CPU with {torch.get_num_threads()} threads"
-    found = f"{name}, {precision(config, ranks.device)}"
-    model = getattr(config, "model", None)
-    if not isinstance(model, ModelConfig):
-        return found
-    backend = experts_backend(model, ranks.device, _product_dtype(config, ranks), compiled=config.compile)
-    return f"{found}, experts on {backend}" if backend else found
-
-
-def _product_dtype(config: RunConfig, ranks: parallel.Ranks) -> torch.dtype:
-    return torch.bfloat16 if precision(config, ranks.device) == "bf16" else torch.float32
 
 
 def _step_seed(seed: int, step: int, rank: int) -> int:

@@ -14,7 +14,7 @@ import torch
 from vlmoe.config import load
 from vlmoe.errors import UserError
 from vlmoe.models.weights import checkpoint_steps, latest_checkpoint, read_tensors
-from vlmoe.train import checkpoint
+from vlmoe.train import checkpoint, trainer
 from vlmoe.train.tracker import read_metrics
 from vlmoe.train.trainer import evaluate, train
 
@@ -134,6 +134,12 @@ def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(pretrain_recipe, t
         UserError, match=r"NaN or infinite at step 5; checkpoint .*step-00000003 is good: lower optim.lr"
     ):
         train(load(pretrain_recipe, [f"out={tmp_path}"]))
+    with pytest.raises(
+        UserError, match=r"between steps 4 and 6; .*set another `out` \(init=.*step-00000003 starts from it"
+    ):
+        health = trainer._Health(load(pretrain_recipe, [f"out={tmp_path}"]), 3)
+        for step in (4, 5, 6):
+            health.watch({"loss": torch.tensor(torch.nan), "gradient_norm": torch.ones(())}, step, look=step == 6)
     assert checkpoint_steps(tmp_path) == [3]
     after = read_tensors(latest_checkpoint(tmp_path) / "model.safetensors")
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -189,7 +195,8 @@ def test_broken_held_out_samples_are_counted_and_named_and_too_many_stop_it(
     assert figures["bad_samples/undecodable image"] == 32
     assert sum(f"broken sample: {broken_shard}" in each.message for each in caplog.records) == 20
     with pytest.raises(UserError, match=r"64 of 128 samples are broken.*mend the shards or raise it"):
-        evaluate(tmp_path / "run", [f"data.pairs.eval_shards=[{tiny_world.held_out}, {broken_shard}, {broken_shard}]"])
+        again = shutil.copy(broken_shard, tmp_path / "again.tar")
+        evaluate(tmp_path / "run", [f"data.pairs.eval_shards=[{tiny_world.held_out}, {broken_shard}, {again}]"])
 
 
 def test_damaged_state_and_odd_folders(pretrain_recipe, tmp_path):
