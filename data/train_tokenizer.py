@@ -7,7 +7,6 @@ A unigram model with byte fallback, so that no text is unknown; the same shards 
 
 import argparse
 import io
-import json
 import os
 import sys
 import tarfile
@@ -18,6 +17,7 @@ import sentencepiece
 from bank import run_command
 from tqdm import tqdm
 
+from vlmoe.data.sample import BrokenSample, decode_sample
 from vlmoe.errors import UserError
 
 COVERAGE = 0.9995  # of the characters; byte fallback spells the rest
@@ -26,18 +26,32 @@ QUIET = 2  # sentencepiece's log level: errors only
 
 
 def texts_of(shards: Sequence[Path]) -> Iterator[str]:
-    """The captions (`.json`) and texts (`.txt`) of the samples, in order. UserError: a file that is no tar."""
+    """The captions (`.json`) and texts (`.txt`) of the samples, in order; broken ones are named and left out.
+
+    Raises:
+        UserError: a file is no tar.
+    """
     for shard in tqdm(shards, desc="read", unit="shard"):
         try:
             with tarfile.open(shard) as tar:
                 for member in tar:
                     stored = tar.extractfile(member) if member.name.endswith((".json", ".txt")) else None
-                    if stored is not None and member.name.endswith(".json"):
-                        yield from json.load(stored).get("captions", ())
-                    elif stored is not None:
-                        yield from stored.read().decode().splitlines()
+                    if stored is not None:
+                        key, _, extension = member.name.rpartition(".")
+                        try:
+                            yield from _texts_in(stored.read(), extension)
+                        except (BrokenSample, UnicodeError) as error:
+                            tqdm.write(f"left out: {shard} key {key} ({error})", file=sys.stderr)
         except tarfile.ReadError:
             raise UserError(f"{shard}: no shard, or cut short; make it again") from None
+
+
+def _texts_in(content: bytes, extension: str) -> list[str]:
+    if extension == "txt":
+        return content.decode().splitlines()
+    texts = decode_sample({"json": content}, key="", source="", needs=()).meta.get("captions", [])
+    "".join(texts).encode()  # half a surrogate pair is no text
+    return texts
 
 
 def train(texts: Sequence[str], vocab_size: int) -> bytes:

@@ -27,6 +27,10 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="PNG to write; without pictures, a folder")
     args = parser.parse_intermixed_args()  # pictures before or after --out
     try:
+        if args.pictures and args.out.is_dir():
+            raise UserError(f"--out {args.out} is a folder; with pictures, name a PNG file to write")
+        if not args.pictures and args.out.is_file():
+            raise UserError(f"--out {args.out} is a file; without pictures, name a folder")
         paths = [show(args.run, args.pictures, args.out)] if args.pictures else list(_samples(args.run, args.out))
     except UserError as error:
         print(f"show_experts: {error}", file=sys.stderr)

@@ -1,6 +1,7 @@
 """The command line: `vlmoe train|evaluate|predict|check-data|config|demo`."""
 
 import argparse
+import io
 import json
 import sys
 from collections.abc import Sequence
@@ -22,6 +23,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:  # settings that stand behind options
         args.overrides += rest
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be text
     try:
         return args.run(args)
     except UserError as error:

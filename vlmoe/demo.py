@@ -57,7 +57,7 @@ def demo() -> None:
             )  # fmt: skip
     for name in ("visual_tokenizer", "pretrain", *FINETUNINGS):
         with _timed(times, name.replace("_", " ")):
-            train(load(f"recipes/demo/{name}.yaml"))
+            train(load(CHECKOUT / "recipes" / "demo" / f"{name}.yaml"))
     with _timed(times, "pictures of it"):
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         paths = draw_samples(load_run(RUNS / "pretrain", device, []), RUNS, count=SHOWN, device=device)

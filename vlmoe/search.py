@@ -16,7 +16,7 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 from tqdm import tqdm
 
-from vlmoe.data.sample import IMAGE_EXTENSIONS
+from vlmoe.data.sample import FILE_EXTENSIONS
 from vlmoe.errors import UserError
 from vlmoe.train.checkpoint import clear_disk_errors
 from vlmoe.use import Model, open_picture
@@ -64,7 +64,7 @@ def index_folder(model: Model, folder: Path) -> ImageIndex:
         if pictures:
             kept |= zip(pictures, model.embed_image(list(pictures.values())), strict=True)
     if not kept:
-        raise UserError(f"{folder} holds no picture ({', '.join(IMAGE_EXTENSIONS)})")
+        raise UserError(f"{folder} holds no picture ({', '.join(FILE_EXTENSIONS)})")
     names = sorted(kept)
     embeddings = torch.stack([kept[name] for name in names])
     if new or len(known) > len(names):
@@ -73,7 +73,9 @@ def index_folder(model: Model, folder: Path) -> ImageIndex:
         with clear_disk_errors(path):
             path.parent.mkdir(exist_ok=True)
             partial = path.with_suffix(".partial")
-            save_file({"embeddings": embeddings}, partial, {"files": files, "model": stamp, "folder": str(folder)})
+            save_file(
+                {"embeddings": embeddings}, partial, {"files": files, "model": stamp, "folder": json.dumps(str(folder))}
+            )
             partial.replace(path)
     return ImageIndex(folder, names, embeddings, unreadable)
 
@@ -114,7 +116,7 @@ def as_text(picture: Image.Image, width: int) -> str:
 
 
 def _is_picture(path: Path) -> bool:
-    return path.suffix.lower().removeprefix(".") in IMAGE_EXTENSIONS and path.is_file()
+    return path.suffix.lower().removeprefix(".") in FILE_EXTENSIONS and path.is_file()
 
 
 def _stamp(path: Path) -> Stamp:

@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from vlmoe.__main__ import main
+from vlmoe.errors import UserError
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -89,6 +90,18 @@ def test_evaluate_scores_a_run(pretrain_recipe, tmp_path, capsys):
     assert main(["evaluate", str(tmp_path)]) == 0
     scored = yaml.safe_load(capsys.readouterr().out)
     assert f"{scored['pairs_text/perplexity']:.4f}" in trained
+
+
+def test_the_demo_reads_the_recipes_of_its_checkout(tmp_path, monkeypatch, capsys):
+    from vlmoe import demo
+
+    def stop(config):
+        raise UserError(f"recipe of {config.out}")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(demo, "_script", lambda *arguments: None)
+    monkeypatch.setattr(demo, "train", stop)
+    assert refusal(capsys, "demo") == "vlmoe: recipe of runs/demo/visual_tokenizer"
 
 
 def test_settings_may_stand_behind_options(pretrain_recipe, tmp_path, capsys):

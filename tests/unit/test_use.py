@@ -178,6 +178,16 @@ def test_predict_on_the_command_line(trained, pictures, capsys, tmp_path):
     assert Image.open(said.strip().splitlines()[-1].removeprefix("contact sheet: ")).size == (4 * 96, 96)
 
 
+def test_search_takes_every_picture_that_can_be_decoded_and_names_that_are_no_text(trained, pictures, capsys, tmp_path):
+    folder = tmp_path / os.fsdecode(b"photos\xff")
+    folder.mkdir()
+    for name in ("a.gif", "b.BMP", os.fsdecode(b"c\xff.png")):
+        Image.open(pictures[0]).save(folder / name)
+    assert main(["predict", str(trained("retrieval", "coco")), "--search", "a red disc", str(folder)]) == 0
+    said = capsys.readouterr().out
+    assert all(f"photos\\udcff/{name}" in said for name in ("a.gif", "b.BMP", "c\\udcff.png"))
+
+
 def test_a_picture_in_memory_is_treated_like_its_file(tmp_path: Path):
     turned, clear = Image.new("RGB", (20, 40), "red"), Image.new("RGBA", (8, 8), (255, 0, 0, 100))
     exif = turned.getexif()

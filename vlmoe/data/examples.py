@@ -6,6 +6,7 @@ count on over epochs: epoch = position // number of examples.
 
 import gc
 import marshal
+import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -20,13 +21,14 @@ from tqdm import tqdm
 
 from vlmoe.config import ExamplesSource
 from vlmoe.data.index import ShardIndex
-from vlmoe.data.readers import Example, is_held_out, read_examples
+from vlmoe.data.readers import Example, parts_of, read_examples
 from vlmoe.data.sample import BadSample, BrokenSample, Sample, decode_image
 from vlmoe.data.shards import open_shards, permutation, read_or_replace
 from vlmoe.data.text import is_unicode
 from vlmoe.errors import UserError
 
 STREAM = "examples"
+FORMAT_OF = {"annotations": "vqa", "image_name": "vqa", "splits": "karpathy"}  # which alone reads this setting
 
 
 class Pictures(Protocol):
@@ -36,6 +38,10 @@ class Pictures(Protocol):
 
     def read(self, name: str) -> bytes:
         """Raises BrokenSample where there is no such picture."""
+        ...
+
+    def path(self, name: str) -> str:
+        """Where it lies: one path, one picture, whatever a recipe calls its folder or its shards."""
         ...
 
 
@@ -54,6 +60,9 @@ class FolderPictures:
             return (self.root / name).read_bytes()
         except (OSError, ValueError):
             raise BrokenSample("missing image") from None
+
+    def path(self, name: str) -> str:
+        return os.path.normpath(os.path.join(os.path.realpath(self.root), name))
 
 
 @dataclass(frozen=True)
@@ -76,6 +85,11 @@ class ShardPictures:
         key, _, extension = name.rpartition("/")[2].partition(".")
         shard, sample = self.places[key]
         return self.shards[shard].read(sample, frozenset({extension.lower()}))[extension.lower()]
+
+    def path(self, name: str) -> str:
+        name = name.rpartition("/")[2]
+        shard, _ = self.places.get(name.partition(".")[0], (0, 0))  # a picture that is missing is never read
+        return f"{os.path.realpath(self.shards[shard].path)}/{name}"
 
 
 @dataclass(frozen=True)
@@ -201,24 +215,27 @@ def open_examples(sources: Sequence[ExamplesSource], *, recipe_key: str) -> Exam
     """Read the index files of one split.
 
     Raises:
-        UserError: there is no example, a file is missing or broken, a row is wrong, or an id comes twice; the line names
-            the row.
+        UserError: there is no example, a setting does nothing here, a file is missing or broken, a row is wrong, or an id
+            comes twice; the line names the row.
     """
     if not sources:
         raise UserError(f"{recipe_key} is empty: name an index file")
     rows: list[bytes] = []
     chosen: list[int] = []
     seen: set[int | str] = set()
+    pictures: list[Pictures] = []
+    named: dict[int | str, tuple[int, str]] = {}
     for number, source in enumerate(sources):
         key = f"{recipe_key}[{number}]"
-        if source.part != "all" and not source.held_out_images:
-            raise UserError(f"{key}: part {source.part!r} needs held_out_images, the pictures that are set aside")
+        _check_settings(source, key)
+        pictures.append(_open_pictures(source, key))
         first, part, found = len(rows), [], []
         for example in read_examples(source):
             if example.id in seen:
                 raise UserError(f"{example.where}: id {example.id!r} comes twice in {recipe_key}")
             seen.add(example.id)
             _check_text(example)
+            _tell_apart(example, number, named, pictures)
             row = (number, example.id, example.images, example.where, example.texts, example.meta)
             rows.append(marshal.dumps(row))
             if source.part != "all":
@@ -226,15 +243,13 @@ def open_examples(sources: Sequence[ExamplesSource], *, recipe_key: str) -> Exam
         if source.part == "all":
             part = range(first, len(rows))
         else:
-            wanted = source.part == "held_out"
-            is_out = is_held_out(found, source.held_out_images)
-            part = [first + place for place, out in enumerate(is_out) if out is wanted]
+            parts = parts_of(found, source.held_out_images)
+            part = [first + place for place, each in enumerate(parts) if each == source.part]
         chosen += part
         if not part:
             raise UserError(f"{key}: {source.index} holds no example" + (f" in part {source.part!r}" if found else ""))
     ends = np.cumsum([len(row) for row in rows], dtype=np.int64)
-    pictures = tuple(_open_pictures(each, f"{recipe_key}[{number}]") for number, each in enumerate(sources))
-    return Examples(tuple(sources), pictures, b"".join(rows), ends, np.array(chosen, dtype=np.int64))
+    return Examples(tuple(sources), tuple(pictures), b"".join(rows), ends, np.array(chosen, dtype=np.int64))
 
 
 class ExampleStream:
@@ -267,6 +282,33 @@ class ExampleStream:
         return read_or_replace(STREAM, partial(self.locate, position), prepare, hint="vlmoe check-data RECIPE names it")
 
 
+def _check_settings(source: ExamplesSource, recipe_key: str) -> None:
+    for name, its in FORMAT_OF.items():
+        if getattr(source, name) and source.format != its:
+            raise UserError(
+                f"{recipe_key}.{name} is read by format {its} alone, and this is format {source.format}: remove it"
+            )
+    if source.part != "all" and not source.held_out_images:
+        raise UserError(
+            f"{recipe_key}: part {source.part!r} needs held_out_images, the number of pictures that are set aside"
+        )
+    if source.part == "all" and source.held_out_images:
+        raise UserError(f"{recipe_key}: held_out_images sets nothing aside in part 'all': set part to rest or held_out")
+
+
+def _tell_apart(
+    example: Example, source: int, named: dict[int | str, tuple[int, str]], pictures: Sequence[Pictures]
+) -> None:
+    """Give a picture its path for an `image_id` where another one has that id already: two folders may hold a 0000.jpg."""
+    if "image_id" in example.meta:
+        own = source, example.images[0]
+        other = named.setdefault(example.meta["image_id"], own)
+        if own != other:
+            path, taken = (pictures[place].path(name) for place, name in (own, other))
+            if path != taken:
+                example.meta["image_id"] = path
+
+
 def _check_text(example: Example) -> None:
     meta = example.meta
     if not is_unicode("".join((*example.texts, *meta.get("answers", ()), meta.get("label", "")))):
@@ -281,7 +323,7 @@ def _place_of_pictures(source: ExamplesSource) -> str:
 def _open_pictures(source: ExamplesSource, recipe_key: str) -> Pictures:
     place = _place_of_pictures(source)
     if not place.endswith(".tar"):
-        if not Path(place).is_dir():
+        if source.images and not Path(place).is_dir():  # else the index file is missing too
             raise UserError(f"{recipe_key}.images: {place} is no folder; name one, or shards (*.tar)")
         return FolderPictures(Path(place))
     shards = open_shards(place, recipe_key=f"{recipe_key}.images")

@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import cycle, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from vlmoe.config import ExamplesSource
-from vlmoe.data.sample import IMAGE_EXTENSIONS
+from vlmoe.data.sample import FILE_EXTENSIONS
 from vlmoe.errors import UserError
 
 ANSWERS = 10  # of a question, as in VQAv2
@@ -38,13 +38,17 @@ def read_examples(source: ExamplesSource) -> Iterator[Example]:
     return READERS[source.format](source)
 
 
-def is_held_out(examples: list[Example], count: int) -> list[bool]:
-    """True for the examples of `count` pictures: those whose names have the smallest SHA-256, whatever their order."""
-    images = {example.images[0] for example in examples}
+def parts_of(examples: list[Example], count: int) -> list[Literal["rest", "held_out"] | None]:
+    """Held out are the examples of `count` pictures: those whose names have the smallest SHA-256, whatever their order.
+
+    An example with one of these pictures beside another one belongs to neither part (None).
+    """
+    images = {name for example in examples for name in example.images}
     chosen = set(
         sorted(images, key=lambda name: hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest())[:count]
     )
-    return [example.images[0] in chosen for example in examples]
+    shares = ({name in chosen for name in example.images} for example in examples)
+    return [None if len(share) > 1 else "held_out" if True in share else "rest" for share in shares]
 
 
 def _vqa(source: ExamplesSource) -> Iterator[Example]:
@@ -205,7 +209,7 @@ def _folders(source: ExamplesSource) -> Iterator[Example]:
     if not root.is_dir():
         raise UserError(f"{root} is no folder; format folders wants one whose subfolders are the labels")
     for path in sorted(root.glob("*/*")):
-        if path.suffix.lower().removeprefix(".") in IMAGE_EXTENSIONS:
+        if path.suffix.lower().removeprefix(".") in FILE_EXTENSIONS:
             name = f"{path.parent.name}/{path.name}"
             yield Example(name, (name,), str(path), (), {"image_id": name, "label": path.parent.name})
 

@@ -16,7 +16,8 @@ from vlmoe.errors import UserError
 
 Part = Literal["image", "text"]
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")  # of members of a shard
+FILE_EXTENSIONS = (*IMAGE_EXTENSIONS, "gif", "bmp")  # of picture files in a folder
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # by content: files on the web carry wrong extensions
 MAX_PIXELS = 64_000_000  # of one picture; more is taken for a decompression bomb
 NEEDS: dict[str, tuple[Part, ...]] = {"images": ("image",), "texts": ("text",), "pairs": ("image", "text")}  # of shards

@@ -88,11 +88,14 @@ def open_streams(config: DataConfig, names: Sequence[str], *, seed: int) -> dict
     """The streams of a recipe with these names, which are all turned on.
 
     Raises:
-        UserError: one of them has no samples.
+        UserError: one of them has no samples, or a shard both to train on and held out.
     """
     shared = {"seed": seed, "shuffle_shards": config.shuffle_shards}
     on = {name: getattr(config, name) for name in names}
-    return {name: Stream(each.sources, name=name, batch_size=each.batch_size, **shared) for name, each in on.items()}
+    streams = {name: Stream(each.sources, name=name, batch_size=each.batch_size, **shared) for name, each in on.items()}
+    for name, stream in streams.items():
+        _check_held_out(on[name].eval_shards, stream)
+    return {**streams}
 
 
 def open_held_out(config: DataConfig, names: Sequence[str]) -> dict[str, Sequence[SamplePlace]]:
@@ -107,6 +110,14 @@ def open_shards(pattern: str, *, recipe_key: str) -> list[ShardIndex]:
     Raises:
         UserError: a file is missing or no tar file, or there is not one sample; the line names the recipe's key.
     """
+    paths = _paths_of(pattern, recipe_key)
+    indexes = index_shards(paths)
+    if not any(len(index) for index in indexes):
+        raise UserError(f"{recipe_key}: the {len(paths)} shards of {pattern!r} hold no sample; make them again")
+    return indexes
+
+
+def _paths_of(pattern: str, recipe_key: str) -> list[str]:
     try:
         named = expand_urls(os.path.expanduser(pattern))
     except ValueError as error:
@@ -120,24 +131,34 @@ def open_shards(pattern: str, *, recipe_key: str) -> list[ShardIndex]:
             f"{recipe_key}: {len(missing)} of {len(paths)} shards of {pattern!r} do not exist, first {missing[0]}; "
             "make the shards (docs/data.md) or change the key"
         )
-    indexes = index_shards(paths)
-    if not any(len(index) for index in indexes):
-        raise UserError(f"{recipe_key}: the {len(paths)} shards of {pattern!r} hold no sample; make them again")
-    return indexes
+    return paths
 
 
 def held_out_samples(patterns: Sequence[str], stream: str) -> list[Location]:
-    """Every sample of the held-out shards of a stream, in order.
+    """Every sample of the held-out shards of a stream, in order; a shard that comes twice counts once.
 
     Raises:
         UserError: a pattern names no shards.
     """
-    return [
-        Location(source=pattern, index=index, sample=sample, needs=NEEDS[stream])
-        for number, pattern in enumerate(patterns)
-        for index in open_shards(pattern, recipe_key=f"data.{stream}.eval_shards[{number}]")
-        for sample in range(len(index))
-    ]
+    found: dict[str, list[Location]] = {}  # by the real path of the shard
+    for number, pattern in enumerate(patterns):
+        for index in open_shards(pattern, recipe_key=_key_of_held_out(stream, number)):
+            samples = [Location(pattern, index, sample, NEEDS[stream]) for sample in range(len(index))]
+            found.setdefault(os.path.realpath(index.path), samples)
+    return [sample for samples in found.values() for sample in samples]
+
+
+def _check_held_out(patterns: Sequence[str], stream: "Stream") -> None:
+    trained_on = {os.path.realpath(index.path) for index in stream.shards}
+    for number, pattern in enumerate(patterns):
+        recipe_key = _key_of_held_out(stream.name, number)
+        for path in _paths_of(pattern, recipe_key):
+            if os.path.realpath(path) in trained_on:
+                raise UserError(f"{recipe_key}: {path} is one of data.{stream.name}.sources too; name it in only one")
+
+
+def _key_of_held_out(stream: str, number: int) -> str:
+    return f"data.{stream}.eval_shards[{number}]"
 
 
 def read_or_replace(

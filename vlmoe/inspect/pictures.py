@@ -45,7 +45,8 @@ def draw_experts(
     captions: Sequence[str] = (),
 ) -> None:
     """One row per image: the image; per layer the first-choice expert of each sub-token of each patch (a patch is split
-    into as many stripes as it has sub-tokens, one colour per expert); and how many different experts the patch reached.
+    into as many stripes as it has sub-tokens, one colour per expert, grey where capacity dropped the choice); and how many
+    different experts the patch reached.
     """
     plt = _pyplot()
     rows, columns = len(images), 1 + len(routings) + 1
@@ -60,7 +61,7 @@ def draw_experts(
             tiles = _stripes(each.patches(num_vision)[row, :, :, 0].cpu().numpy(), picture.shape[0])
             grey = picture.mean(-1, keepdims=True).repeat(3, -1)
             shade = colours(tiles / max(each.num_experts - 1, 1))[..., :3]
-            axes[row][column].imshow(0.35 * grey + 0.65 * shade)
+            axes[row][column].imshow(np.where(tiles[..., None] < 0, grey, 0.35 * grey + 0.65 * shade))
             if row == 0:
                 axes[row][column].set_title(f"{each.name}\n{each.num_experts} experts", fontsize=8)
         mean = sum(divergence[1:], divergence[0])[row] / len(divergence)

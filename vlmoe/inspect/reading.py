@@ -29,6 +29,8 @@ class Reading:
 def draw_samples(loaded: LoadedRun, folder: Path, *, count: int = 6, device: torch.device) -> dict[str, Path]:
     """Draw, for the first `count` held-out pairs, the codes, the words behind masks, and the experts of each patch.
 
+    Fewer are drawn where there are fewer, or where some of them are broken.
+
     Returns:
         What each file shows -> its path: `codes.png`, `masked_text.png`, `experts.png` in `folder`.
 
@@ -48,7 +50,7 @@ def draw_samples(loaded: LoadedRun, folder: Path, *, count: int = 6, device: tor
     draw_texts(part["image"], lines, paths["masked_text"])
 
     out = loaded.model(part["image"], part["text"], text_padding=part["text_padding"])
-    placed = [each for each in place_routings(out, count) if not each.name.endswith(".text")]
+    placed = [each for each in place_routings(out, len(part["image"])) if not each.name.endswith(".text")]
     if placed:
         draw_experts(
             part["image"], placed, out.num_vision, paths["experts"], captions=[each.original for each in readings]

@@ -138,7 +138,7 @@ class Pretrain:
                 f"{stream}_{what}": _summary(logits, targets)
                 for what, (logits, targets) in self._predictions(out, part).items()
             }
-            if stream == "pairs":
+            if stream == "pairs" and len(part["image"]) > 1:  # one picture has no other to stand in its place
                 swapped = self._forward(model, {**part, "image": part["image"].roll(1, 0)})
                 text, targets = self._predictions(swapped, part)["text"]
                 terms["pairs_text_image_shuffled"] = _summary(text, targets)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pictures
 import pytest
 import train_tokenizer
+import webdataset
 from bank import run_command
 from bank_format import Concept, Picture, load_bank, write_bank
 from PIL import Image, ImageDraw
@@ -174,6 +175,18 @@ def test_tokenizer(shards: Path, tmp_path: Path, capfd: pytest.CaptureFixture[st
         assert pieces.decode(pieces.encode(text)) == text and 0 not in pieces.encode(text)
     train_tokenizer.main(arguments)
     assert out.read_bytes() == first
+
+
+def test_tokenizer_leaves_out_what_is_broken(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "a.tar"
+    broken = [b"{", b"[]", b'{"captions": [1]}', b'{"captions": ["\\ud800"]}']
+    with webdataset.TarWriter(str(path)) as writer:
+        for number, content in enumerate([*broken, b'{"captions": ["a red disc"]}']):
+            writer.write({"__key__": f"{number}", "json": content, "txt": b"\xff" if number else b"a bar"})
+    assert list(train_tokenizer.texts_of([path])) == ["a bar", "a red disc"]
+    said = capfd.readouterr().err
+    assert all(said.count(f"left out: {path} key {number} (bad ") == 1 for number in range(3))
+    assert said.count("left out") == 8 and said.count("surrogates not allowed") == 1
 
 
 def test_tokenizer_refuses_what_is_no_shard(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,10 +4,12 @@ import json
 import os
 import shutil
 from itertools import chain
+from pathlib import Path
 
 import numpy as np
 import pytest
 import webdataset
+from PIL import Image
 
 from vlmoe.config import ExamplesSource
 from vlmoe.data import ExampleStream, open_examples
@@ -89,6 +91,51 @@ def test_parts_are_whole_disjoint_and_independent_of_the_order(tiny_examples, tm
     assert {each.id for each in turned} == {each.id for each in held_out}
 
 
+def test_an_example_of_two_pictures_is_in_a_part_only_if_both_are(tiny_examples):
+    source = {**tiny_examples.source("nlvr2", "train"), "held_out_images": 32}
+    rest, held_out = opened({**source, "part": "rest"}), opened({**source, "part": "held_out"})
+    assert not rest.pictures_of().keys() & held_out.pictures_of().keys()
+    mixed = len(list(rest.whole())) - len(rest) - len(held_out)
+    assert len(held_out.pictures_of()) <= 32 and min(len(rest), len(held_out), mixed) > 0
+
+
+@pytest.mark.parametrize(
+    ("format", "setting", "message"),
+    [
+        ("jsonl", {"splits": ["train"]}, r"sources\[0\].splits is read by format karpathy alone"),
+        ("coco", {"annotations": "a.json"}, r"sources\[0\].annotations is read by format vqa alone"),
+        ("karpathy", {"image_name": "{image_id}.jpg"}, r"sources\[0\].image_name is read by format vqa alone"),
+        ("jsonl", {"held_out_images": 9}, r"sources\[0\]: held_out_images sets nothing aside in part 'all'"),
+        ("jsonl", {"part": "rest"}, r"sources\[0\]: part 'rest' needs held_out_images"),
+    ],
+)
+def test_a_setting_that_would_do_nothing_is_refused(tiny_examples, format, setting, message):
+    with pytest.raises(UserError, match=message):
+        opened({**tiny_examples.source(format, "train"), **setting})
+
+
+def test_two_pictures_of_one_name_are_two(tiny_examples, tmp_path):
+    def ids(*places):
+        sources = []
+        for number, place in enumerate(places):
+            index = tmp_path / f"{number}.jsonl"
+            index.write_text('{"image": "0001.png"}')
+            sources.append({"index": str(index), "images": str(place)})
+        return [example.meta["image_id"] for example in opened(*sources)]
+
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        picture = str(shutil.copy(tiny_examples.folder / "images" / "0001.png", tmp_path / name))
+        with webdataset.TarWriter(f"{tmp_path}/{name}.tar") as writer:
+            writer.write({"__key__": "0001", "png": Path(picture).read_bytes()})
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    assert ids(tmp_path / "a", f"{tmp_path}/b/../a/", tmp_path / "link") == ["0001.png"] * 3
+    assert ids(tmp_path / "a", tmp_path / "b") == ["0001.png", picture]
+    assert ids(tmp_path / "a.tar", tmp_path / "b.tar", f"{tmp_path}/a*.tar") == [
+        "0001.png", f"{tmp_path}/b.tar/0001.png", "0001.png",
+    ]  # fmt: skip
+
+
 ANNOTATIONS = "vqa/annotations_train.json"
 
 
@@ -123,6 +170,15 @@ def test_a_name_that_is_no_utf8_can_be_held_out(tiny_examples, tmp_path):
     assert [len(each) for each in both] == [1, 1]
     for each in both:
         each.check_pictures(decode=True)
+
+
+def test_folders_hold_every_kind_of_picture_that_can_be_decoded(tiny_examples, tmp_path):
+    (tmp_path / "disc").mkdir()
+    for name in ("a.png", "b.gif", "c.BMP"):
+        Image.open(tiny_examples.folder / "images" / "0001.png").save(tmp_path / "disc" / name)
+    examples = opened({"format": "folders", "index": str(tmp_path)})
+    assert [each.images[0] for each in examples] == ["disc/a.png", "disc/b.gif", "disc/c.BMP"]
+    examples.check_pictures(decode=True)
 
 
 def change_in(name, rows, number, **row):

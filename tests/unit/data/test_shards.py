@@ -7,7 +7,7 @@ import pytest
 
 from vlmoe.config import DataConfig, SourceConfig, StreamConfig
 from vlmoe.data.sample import BrokenSample
-from vlmoe.data.shards import MAX_REPLACEMENTS, Stream, open_shards, open_streams
+from vlmoe.data.shards import MAX_REPLACEMENTS, Stream, held_out_samples, open_shards, open_streams
 from vlmoe.errors import UserError
 
 
@@ -100,6 +100,22 @@ def test_patterns_expand_braces_and_wildcards(write_texts, tmp_path):
     assert wild == sorted(wild) and len(wild) == 3
     assert [index.path for index in open_shards(f"{tmp_path}/a-{{000..002}}.tar", recipe_key="k")] == wild
     assert len(open_shards(f"{tmp_path}/a-{{000,002}}.tar", recipe_key="k")) == 2
+
+
+def test_a_shard_is_trained_on_or_held_out(write_texts, tmp_path):
+    pattern = write_texts("a{}.tar", [3, 4])
+    (tmp_path / "link.tar").symlink_to(tmp_path / "a1.tar")
+    texts = StreamConfig(batch_size=2, sources=[SourceConfig(shards=pattern)] * 2, eval_shards=[f"{tmp_path}/link.tar"])
+    with pytest.raises(UserError, match=r"data.texts.eval_shards\[0\]: .*link.tar is one of data.texts.sources too"):
+        open_streams(DataConfig(texts=texts), ["texts"], seed=0)
+
+
+def test_a_held_out_shard_that_is_named_twice_is_read_once(write_texts, tmp_path):
+    write_texts("a{}.tar", [3, 4])
+    found = held_out_samples([f"{tmp_path}/a1.tar", f"{tmp_path}/a*.tar"], "texts")
+    assert [(each.shard[-5], each.sample) for each in found] == [("1", n) for n in range(4)] + [
+        ("0", n) for n in range(3)
+    ]
 
 
 def test_wrong_streams_are_one_clear_line(write_texts, write_shard, tmp_path):

@@ -1,12 +1,13 @@
 """Routing laid out as picture and sentence, and the pictures that are drawn of it."""
 
+import pytest
 import torch
 from PIL import Image
 
 from vlmoe.config import FFNConfig, ModelConfig, load
-from vlmoe.inspect.pictures import draw_losses
+from vlmoe.inspect.pictures import draw_experts, draw_losses
 from vlmoe.inspect.reading import draw_samples
-from vlmoe.inspect.routing import distinct_experts, place_routings
+from vlmoe.inspect.routing import PlacedRouting, distinct_experts, place_routings
 from vlmoe.models import build_encoder
 from vlmoe.tasks import load_run
 from vlmoe.train.tracker import read_metrics
@@ -35,9 +36,22 @@ def test_distinct_experts_is_the_size_of_a_set():
     assert distinct_experts(ids).tolist() == slow
 
 
+def test_a_dropped_choice_has_no_colour(tmp_path):
+    def grey_pixels(*experts: int) -> int:
+        placed = PlacedRouting("layers.0.vision", 4, torch.tensor([0, *experts]).view(1, 5, 1, 1), first_position=0)
+        draw_experts(torch.zeros(1, 3, 16, 16), [placed], 5, tmp_path / "a.png")  # a picture that is grey
+        colours = Image.open(tmp_path / "a.png").convert("RGB").getcolors(maxcolors=2**24)
+        return sum(count for count, colour in colours if colour in ((127, 127, 127), (128, 128, 128)))
+
+    assert grey_pixels(0, -1, 0, -1) == pytest.approx(1.5 * grey_pixels(0, 1, 0, 1), rel=0.1)
+
+
 def test_the_pictures_of_a_run(pretrain_recipe, tmp_path):
     train(load(pretrain_recipe, [f"out={tmp_path}", "steps=4", "eval_every=2"]))
-    paths = draw_samples(load_run(tmp_path, torch.device("cpu"), []), tmp_path / "seen", device=torch.device("cpu"))
+    loaded = load_run(tmp_path, torch.device("cpu"), [])
+    few = draw_samples(loaded, tmp_path / "few", count=40, device=torch.device("cpu"))  # there are 32
+    assert len(few) == 3
+    paths = draw_samples(loaded, tmp_path / "seen", device=torch.device("cpu"))
     assert set(paths) == {"codes", "masked_text", "experts"}
     paths["losses"] = tmp_path / "losses.png"
     draw_losses(read_metrics(tmp_path), paths["losses"])

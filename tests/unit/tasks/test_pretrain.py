@@ -106,6 +106,19 @@ def test_scores_do_not_depend_on_how_the_samples_were_batched(task, samples):
     assert score(rows) == pytest.approx(score(rows[:1], rows[1:4], rows[4:]), rel=1e-5)
 
 
+def test_a_picture_alone_has_no_other_in_its_place(task, samples):
+    model, rows = task.build_model().eval(), prepared(task, samples, "pairs")
+
+    def terms(rows: list[dict]) -> dict[str, dict]:
+        inputs = to_device(collate(rows, pad_id=task.pad_id), torch.device("cpu"))
+        with torch.no_grad():
+            return task.predict(model, {"pairs": inputs})[0]["terms"]
+
+    assert "pairs_text_image_shuffled" not in terms(rows[:1])
+    both = terms(rows[:2])
+    assert both["pairs_text_image_shuffled"]["n"] == both["pairs_text"]["n"]
+
+
 def test_a_text_without_words_is_broken(task, samples):
     empty = Sample(key="a", source="b", image=None, texts=["  "], meta={})
     with pytest.raises(BrokenSample, match="empty text"):

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -194,8 +195,8 @@ def test_broken_held_out_samples_are_counted_and_named_and_too_many_stop_it(
     figures = evaluate(tmp_path / "run", [shards, "data.max_bad_fraction=0.9"])
     assert figures["bad_samples/undecodable image"] == 32
     assert sum(f"broken sample: {broken_shard}" in each.message for each in caplog.records) == 20
+    again = shutil.copy(broken_shard, tmp_path / "again.tar")
     with pytest.raises(UserError, match=r"64 of 128 samples are broken.*mend the shards or raise it"):
-        again = shutil.copy(broken_shard, tmp_path / "again.tar")
         evaluate(tmp_path / "run", [f"data.pairs.eval_shards=[{tiny_world.held_out}, {broken_shard}, {again}]"])
 
 
