@@ -91,6 +91,7 @@ CASES = [
     {"rows": 130, "dim": 128, "hidden": 64, "E": 3, "top_k": 1, "padding": 0.5},
     {"rows": 999, "dim": 256, "hidden": 192, "E": 7, "top_k": 3},
     {"rows": 20_001, "dim": 192, "hidden": 128, "E": 1, "top_k": 1},
+    {"rows": 3000, "dim": 96, "hidden": 1536, "E": 256, "top_k": 1, "skew": 0.02},
 ]
 
 
@@ -145,6 +146,29 @@ def test_other_numbers_of_rows_compile_nothing(dim, activation, monkeypatch):
     for rows in (1000, 1001, 8000, 9123, 30_000):
         once(rows)
     assert not compiled
+
+
+def test_tensors_that_begin_anywhere():
+    """In memory: asynchronous copies want multiples of 16 bytes."""
+    drawn = draw(rows=300, dim=192, hidden=128, E=4, top_k=2)
+    want = run(with_backend("triton"), *drawn)
+
+    def moved(tensor: Tensor) -> Tensor:
+        return torch.empty(tensor.numel() + 1, dtype=tensor.dtype, device="cuda")[1:].view_as(tensor).copy_(tensor)
+
+    x, ids, weights, bank, dy = drawn
+    got = run(with_backend("triton"), moved(x), ids, moved(weights), {n: moved(w) for n, w in bank.items()}, moved(dy))
+    assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two devices")
+def test_kernels_run_where_their_tensors_are():
+    layer, x = (
+        MHMoE(dim=384, hidden_dim=256, num_experts=4, top_k=2, num_heads=2).bfloat16(),
+        torch.randn(64, 384).bfloat16(),
+    )
+    first, second = (copy.deepcopy(layer).to(device)(x.to(device))[0].cpu() for device in ("cuda:0", "cuda:1"))
+    assert torch.equal(first, second)
 
 
 def test_no_rows_and_no_kept_rows():

@@ -100,6 +100,24 @@ def test_rows_without_experts_and_no_rows() -> None:
 
 
 @interpreted
+def test_chunks_with_experts_that_have_no_slot(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their parts of a weight gradient have places too."""
+    from vlmoe.nn.experts import experts
+    from vlmoe.nn.kernels import configs
+
+    monkeypatch.setattr(configs, "CHUNK_BYTES", 1)
+    x, w_in, w_out = torch.randn(8, 16).half(), torch.randn(16, 32, 16).half(), torch.randn(16, 16, 32).half()
+    ids, weights = torch.tensor([0, 1, 14, 15] * 2)[:, None], torch.rand(8, 1)
+    dy, leaves = torch.randn(8, 16).half(), [t.requires_grad_() for t in (x, w_in, w_out)]
+    got, want = (
+        torch.autograd.grad(experts(x, ids, weights, w_in, w_out, backend=backend), leaves, dy)
+        for backend in ("triton", "loop")
+    )
+    for ours, right in zip(got, want, strict=True):
+        torch.testing.assert_close(ours, right, atol=2e-2, rtol=1e-2)
+
+
+@interpreted
 def test_second_derivatives_are_refused() -> None:
     from vlmoe.nn.experts import experts
 
@@ -333,6 +351,7 @@ def test_what_a_compiler_expects_of_each_operator_is_what_it_returns(dtype: torc
         total = x.float() if added is None else total
         d_total = None if added is None else total.t().contiguous().t()
         check(norm_ops.add_norm_backward, normed, d_total, total, factor, gate[0], *stats, x.dtype)
+    check(norm_ops.add_norm, x[:0], x[:0], torch.ones(0), gate[0], gate[1], 1e-5, x.dtype)
     parts = torch.randn(2, 3, 48).half(), torch.randn(1, 4, 48).half(), torch.tensor([[0, 3], [3, 3]]).int()
     *outputs, sums = check(attention_ops.attend_parts, *parts, 1, 6)
     odd = torch.empty(parts[1].numel() + 1).half()[1:].view_as(parts[1]).copy_(parts[1])  # not at a multiple of 16

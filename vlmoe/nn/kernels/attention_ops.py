@@ -13,7 +13,7 @@ import triton
 from torch import Tensor
 
 from vlmoe.nn.kernels import attention
-from vlmoe.nn.kernels.operator import operator, refuse_second_order
+from vlmoe.nn.kernels.operator import aligned, operator, refuse_second_order
 
 # an H200's best at 64 features and 200 positions
 BLOCKS = {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 3}
@@ -34,7 +34,7 @@ def attend_parts(
     Returns:
         [B, V, d] and [1, N, d] (zeros in rows of no sample), and the logarithms (base 2) of the scores' sums, [a, B V + N].
     """
-    vision, text, spans = (_aligned(each) for each in (vision, text, spans))
+    vision, text, spans = (aligned(each) for each in (vision, text, spans))
     y_vision, y_text, sums = _new(vision, text, heads)
     grid, sizes = _launch(vision, spans, sums, longest)
     attention.attend[grid](vision, text, spans, y_vision, y_text, sums, **sizes, **BLOCKS)
@@ -52,7 +52,7 @@ def attend_parts_backward(
     sums: Tensor, longest: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradients of `vision` and `text`."""
-    vision, text, spans, dy_vision, dy_text = (_aligned(each) for each in (vision, text, spans, dy_vision, dy_text))
+    vision, text, spans, dy_vision, dy_text = (aligned(each) for each in (vision, text, spans, dy_vision, dy_text))
     d_vision, d_text, stats = torch.empty_like(vision), torch.zeros_like(text), sums.new_empty(*sums.shape, 4)
     grid, sizes = _launch(vision, spans, sums, longest)
     attention.query_gradients[grid](
@@ -83,12 +83,6 @@ def _gradients(ctx: Any, dy_vision: Tensor, dy_text: Tensor, _: Any) -> tuple[Te
 
 
 torch.library.register_autograd(attend_parts, _gradients, setup_context=_save)
-
-
-def _aligned(tensor: Tensor) -> Tensor:
-    """Rows side by side from a multiple of 16 bytes on, which the kernels count on."""
-    tensor = tensor.contiguous()
-    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
 def _new(vision: Tensor, text: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:

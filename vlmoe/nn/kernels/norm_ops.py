@@ -158,7 +158,7 @@ def _new_gradients(total: Tensor, d_total: Tensor | None, y_dtype: torch.dtype) 
 
 
 def _rows_per(factor: Tensor | None, x: Tensor) -> int:
-    return 1 if factor is None else len(x) // len(factor)
+    return 1 if factor is None else len(x) // max(1, len(factor))
 
 
 def _sum_constants(x: Tensor, added: Tensor | None, factor: Tensor | None) -> dict[str, int | bool]:

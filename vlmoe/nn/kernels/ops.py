@@ -17,7 +17,7 @@ from vlmoe.nn.kernels import configs
 from vlmoe.nn.kernels import expert_mlp as forward_kernels
 from vlmoe.nn.kernels import expert_mlp_backward as backward_kernels
 from vlmoe.nn.kernels.launch import repeated
-from vlmoe.nn.kernels.operator import operator, refuse_second_order
+from vlmoe.nn.kernels.operator import aligned, operator, refuse_second_order
 from vlmoe.nn.kernels.tiles import Tiles, cut, multiprocessors, power_of_two
 
 GLUON_TRITON = "3.6."  # add another when tests/gpu passed on it
@@ -39,15 +39,15 @@ def expert_mlp(
     activation: str,
 ) -> Tensor:
     """y [rows, dim] = sum over each row's slots of weight * f(row); `order` and `ends` are those of `order_slots`."""
-    x, expert_ids, weights = x.contiguous(), expert_ids.contiguous(), weights.contiguous()
-    bank = _contiguous(w_in, w_out, w_gate, b_in, b_out, b_gate)
+    x, expert_ids, weights = aligned(x), expert_ids.contiguous(), weights.contiguous()
+    bank = _aligned_bank(w_in, w_out, w_gate, b_in, b_out, b_gate)
     E, hidden, dim = w_in.shape
     tile, bias, top_k = configs.forward_tile(dim, w_gate is not None), b_in is not None, expert_ids.shape[1]
     tiles = Tiles(ends, expert_ids.numel(), tile.block_m)
     at = (order, ends, tiles.expert, tiles.place)
     y = x.new_empty(expert_ids.numel(), dim)
     hopper_tile = configs.hopper_forward_tile(dim, hidden)
-    if hopper_tile is not None and _runs_on_hopper(x, bank, activation):
+    if hopper_tile is not None and _runs_on_hopper(x, activation):
         _hopper("hopper_forward").launch_forward(
             hopper_tile, x, *at, tiles.base, weights, bank, y, top_k, bias, activation
         )
@@ -82,11 +82,11 @@ def expert_mlp_backward(
     activation: str,
 ) -> list[Tensor]:
     """Gradients of x, weights, w_in, w_out, then w_gate, then b_in, b_out and b_gate, as far as these are there."""
-    dy, x, expert_ids, weights = dy.contiguous(), x.contiguous(), expert_ids.contiguous(), weights.contiguous()
-    bank = _contiguous(w_in, w_out, w_gate, b_in, b_out, b_gate)
+    dy, x, expert_ids, weights = aligned(dy), aligned(x), expert_ids.contiguous(), weights.contiguous()
+    bank = _aligned_bank(w_in, w_out, w_gate, b_in, b_out, b_gate)
     E, hidden, dim = w_in.shape
     bias, slots = b_in is not None, expert_ids.numel()
-    hopper_tile = configs.hopper_row_gradients_tile(dim, hidden) if _runs_on_hopper(x, bank, activation) else None
+    hopper_tile = configs.hopper_row_gradients_tile(dim, hidden) if _runs_on_hopper(x, activation) else None
     tiles = Tiles(
         ends,
         slots,
@@ -219,22 +219,22 @@ def _sum_slots(y: Tensor, expert_ids: Tensor, E: int) -> Tensor:
     return out
 
 
-def _contiguous(
+def _aligned_bank(
     w_in: Tensor, w_out: Tensor, w_gate: Tensor | None, b_in: Tensor | None, b_out: Tensor | None, b_gate: Tensor | None
 ) -> list[Tensor]:
     """In the kernels' order; one that is not there is never read, and `w_in` stands in its place."""
-    return [(w_in if each is None else each).contiguous() for each in (w_in, w_out, w_gate, b_in, b_out, b_gate)]
+    return [aligned(w_in if each is None else each) for each in (w_in, w_out, w_gate, b_in, b_out, b_gate)]
 
 
-def _runs_on_hopper(x: Tensor, bank: list[Tensor], activation: str) -> bool:
+def _runs_on_hopper(x: Tensor, activation: str) -> bool:
     """Whether the kernels of `hopper` can run here."""
-    return activation != "swiglu" and x.is_cuda and _has_hopper() and all(each.data_ptr() % 16 == 0 for each in bank)
+    return activation != "swiglu" and x.is_cuda and _is_hopper(x.device)
 
 
 @functools.cache
-def _has_hopper() -> bool:
+def _is_hopper(device: torch.device) -> bool:
     """A Hopper GPU, and the Triton that the kernels in Gluon ran on: Gluon is not stable yet."""
-    return torch.cuda.get_device_capability() == (9, 0) and triton.__version__.startswith(GLUON_TRITON)
+    return torch.cuda.get_device_capability(device) == (9, 0) and triton.__version__.startswith(GLUON_TRITON)
 
 
 def _hopper(module: str) -> Any:

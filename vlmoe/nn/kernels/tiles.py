@@ -35,7 +35,8 @@ def cut(tiles: Tiles, tile_bytes: int, programs: int, device: torch.device) -> t
     wave = multiprocessors(device)
     chunk = min(tiles.count, wave * max(1, configs.CHUNK_BYTES // (wave * tile_bytes)))
     segments = max(1, wave // programs)
-    return chunk, triton.cdiv(chunk, segments), segments + min(len(tiles.base) - 1, chunk)
+    E = len(tiles.base) - 1  # a part's place is segment + expert, counted from the chunk's first one, empty ones too
+    return chunk, triton.cdiv(chunk, segments), segments + E
 
 
 @functools.cache
