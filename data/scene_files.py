@@ -19,6 +19,8 @@ from scene_kinds import Vocabulary
 from scene_make import Record, Sample
 from scene_stats import SplitStats
 
+from vlmoe.metrics.vqa import normalize_answer
+
 INFO = {
     "description": "vlmoe scenes: drawings placed on backgrounds; every text is made from the layout",
     "answers": "the ten answers of a question agree: they are made from the layout, not given by people",
@@ -214,9 +216,9 @@ def _annotation(question: Record) -> Record:
     return {
         "question_type": question["question_type"],
         "answer_type": question["answer_type"],
-        "multiple_choice_answer": question["answer"],
-        "answers": [
-            {"answer": answer, "answer_confidence": "yes", "answer_id": number}
+        "multiple_choice_answer": normalize_answer(question["answer"]),
+        "answers": [  # as the evaluator spells them: unanimous ones are compared to the letter
+            {"answer": normalize_answer(answer), "answer_confidence": "yes", "answer_id": number}
             for number, answer in enumerate(question["answers"], 1)
         ],
     }

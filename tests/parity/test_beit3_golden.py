@@ -152,6 +152,9 @@ def test_sparse_encoders_have_no_official_layout():
     config = ModelConfig(dim=16, depth=2, attn_heads=2, image_size=16, ffn=FFNConfig(num_experts=2, hidden_dim=8))
     with pytest.raises(UserError, match="only a decoupled, dense encoder"):
         beit3_to_state_dict(build_encoder(config, 20))
+    config.ffn, config.multiway = FFNConfig(kind="dense", activation="relu"), "decoupled"
+    with pytest.raises(UserError, match=r"only an encoder with GELU .* has relu"):
+        beit3_to_state_dict(build_encoder(config, 20))
 
 
 def test_base_model_has_the_released_number_of_parameters():

@@ -1,5 +1,6 @@
 """Text -> token ids and back. Both tokenizers have <s>, <pad>, </s>, <unk> and <mask>, and need no network."""
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -43,6 +44,13 @@ def load_tokenizer(config: TextConfig) -> Tokenizer:
     if config.model is None:
         raise UserError("data.text.model is not set: give the path of a sentencepiece model, or set tokenizer: clip")
     return SentencePieceTokenizer(config.model)
+
+
+def tokenizer_digest(config: TextConfig) -> str:
+    """Tokenizers with the same one give every text the same ids."""
+    if config.tokenizer == "clip" or config.model is None:
+        return config.tokenizer
+    return hashlib.sha256(Path(config.model).read_bytes()).hexdigest()
 
 
 class SentencePieceTokenizer:

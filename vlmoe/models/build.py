@@ -207,7 +207,7 @@ def no_weight_decay(model: nn.Module) -> set[str]:
 
     They are vectors and scalars, biases (also those of expert banks), position tables, and the CLS and mask tokens.
     """
-    spared = {"bias", "b_in", "b_out", "b_gate", "positions", "cls_token", "mask_token"}
+    spared = {"bias", "b_in", "b_out", "b_gate", "positions", "decoder_positions", "cls_token", "mask_token"}
     return {name for name, p in model.named_parameters() if p.dim() < 2 or name.rpartition(".")[2] in spared}
 
 

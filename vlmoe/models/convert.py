@@ -17,6 +17,7 @@ from vlmoe.models.build import build_encoder
 from vlmoe.models.encoder import Encoder
 from vlmoe.models.heads import CaptioningModel, ClassificationModel, NLVR2Model, RetrievalModel, VQAModel
 from vlmoe.nn.embed import UNUSED_ROWS, resize_positions
+from vlmoe.nn.ffn import FeedForward
 
 PREFIX = "beit3."
 MODALITIES = {"vision": "A", "text": "B"}
@@ -99,8 +100,12 @@ def beit3_to_state_dict(encoder: Encoder) -> dict[str, Tensor]:
     """The encoder's tensors under the official names; `beit3_from_state_dict` reads them back.
 
     Raises:
-        UserError: the encoder is not decoupled and dense, so the official layout has no place for it.
+        UserError: the encoder is not decoupled and dense with GELU, so the official layout has no place for it.
     """
+    if odd := [
+        each.activation for each in encoder.modules() if isinstance(each, FeedForward) and each.activation != "gelu"
+    ]:
+        raise UserError(f"only an encoder with GELU has a BEiT-3 checkpoint, and this one has {odd[0]}")
     ours_state = encoder.state_dict()
     layout = _layout(len(encoder.layers), encoder.norm is not None)
     if odd := sorted(ours_state.keys() ^ layout.keys()):

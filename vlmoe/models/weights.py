@@ -1,5 +1,6 @@
 """Finding the checkpoints of a run and reading tensors from them, without executing anything in them."""
 
+import hashlib
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -37,6 +38,12 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is damaged or not a safetensors file ({error}); use another checkpoint") from None
+
+
+def weights_digest(run: Path) -> str:
+    """SHA-256 of the file that holds the newest checkpoint's tensors."""
+    with (latest_checkpoint(run) / "model.safetensors").open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def checkpoint_folder(run: Path, step: int) -> Path:

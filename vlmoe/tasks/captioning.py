@@ -18,13 +18,14 @@ from torch import Tensor, nn
 
 from vlmoe.config import CaptioningConfig
 from vlmoe.data import Example, Examples, Sample, SamplePlace, SampleStream, Tokenizer, load_tokenizer
+from vlmoe.data.text import tokenizer_digest
 from vlmoe.metrics import caption_scores
 from vlmoe.models import CaptioningModel, build_encoder
 from vlmoe.models.build import check_model
 from vlmoe.models.generate import generate_captions
 from vlmoe.models.heads import targets_at
 from vlmoe.tasks import finetune
-from vlmoe.tasks.start import start_encoder, start_heads
+from vlmoe.tasks.start import TOKENIZER_FILE, start_encoder, start_heads
 from vlmoe.tasks.task import Inputs, TaskLoss, Totals
 
 MASKED, REPLACED = 0.8, 0.1  # of the hidden tokens; the rest stays
@@ -34,8 +35,8 @@ class Captioning:
     def __init__(self, config: CaptioningConfig, device: torch.device) -> None:
         check_model(config.model)
         self.config, self.streams = config, finetune.STREAMS
-        self.files: dict[str, str] = {}
         self.tokenizer = load_tokenizer(config.data.text)
+        self.files = {TOKENIZER_FILE: tokenizer_digest(config.data.text)}
         self.pad_id, self.max_text_length = self.tokenizer.pad_id, config.model.max_text_length
 
     def build_model(self) -> CaptioningModel:
@@ -76,10 +77,10 @@ class Captioning:
 
     def prepare(self, sample: Sample, stream: str, rng: np.random.Generator, training: bool) -> dict[str, Any]:
         image = finetune.prepare_image(sample.image, self.config, rng, training)
+        texts = [text for text in sample.texts if text.strip()]
         if not training:
             meta = sample.meta
-            return {"image": image, "id": meta["id"], "image_id": meta["image_id"], "references": sample.texts}
-        texts = [text for text in sample.texts if text.strip()]
+            return {"image": image, "id": meta["id"], "image_id": meta["image_id"], "references": texts}
         target = finetune.prepare_text(texts[rng.integers(len(texts))], self.config, self.tokenizer)
         masked = hide_words(len(target), self.config.mask_ratio, rng)
         text = corrupt(target, masked, self.tokenizer, rng)

@@ -12,12 +12,13 @@ from torch import nn
 
 from vlmoe.config import ClassificationConfig
 from vlmoe.data import Example, Examples, Sample, SamplePlace, SampleStream, load_tokenizer
+from vlmoe.data.text import tokenizer_digest
 from vlmoe.errors import UserError
 from vlmoe.models.build import build_encoder, check_model
 from vlmoe.models.heads import ClassificationModel
 from vlmoe.tasks import finetune
 from vlmoe.tasks.labels import LABELS_FILE, labels_text, read_labels
-from vlmoe.tasks.start import start_encoder
+from vlmoe.tasks.start import TOKENIZER_FILE, start_encoder
 from vlmoe.tasks.task import Inputs, TaskLoss, Totals
 
 TOP = 5  # labels of a prediction
@@ -35,7 +36,7 @@ class Classification:
             else sorted({each.meta["label"] for each in self.training.whole()})
         )
         self.number_of = {label: number for number, label in enumerate(self.labels)}
-        self.files = {LABELS_FILE: labels_text(self.labels)}
+        self.files = {LABELS_FILE: labels_text(self.labels), TOKENIZER_FILE: tokenizer_digest(config.data.text)}
 
     def build_model(self) -> ClassificationModel:
         encoder = build_encoder(self.config.model, self.vocab_size, final_norm=False)

@@ -7,9 +7,11 @@ import torch
 from torch import nn
 
 from vlmoe.config import ClassificationConfig, RunConfig, VQAConfig, load
+from vlmoe.errors import UserError
 from vlmoe.models.weights import latest_checkpoint, load_weights
 from vlmoe.tasks.labels import LABELS_FILE
 from vlmoe.tasks.registry import make_task
+from vlmoe.tasks.start import TOKENIZER_FILE, is_another_tokenizer
 from vlmoe.tasks.task import Task
 
 
@@ -25,13 +27,16 @@ def load_run(run: Path, device: torch.device, overrides: list[str]) -> LoadedRun
     """The newest checkpoint of a run folder, or the checkpoint of a checkpoint folder.
 
     Raises:
-        UserError: there is none, or it is damaged or does not fit its recipe.
+        UserError: there is none, or it is damaged or does not fit its recipe or its tokenizer.
     """
     folder = latest_checkpoint(run)
     config = load(folder / "recipe.yaml", overrides)
     if isinstance(config, (VQAConfig, ClassificationConfig)) and (folder / LABELS_FILE).is_file():
         config.labels = str(folder / LABELS_FILE)
     task = make_task(config, device)
+    text = getattr(config.data, "text", None)
+    if TOKENIZER_FILE in task.files and text and is_another_tokenizer(folder, text, text):
+        raise UserError(f"{folder} was trained with another tokenizer than {text.model}; set data.text.model to its")
     model = task.build_model()
     load_weights(folder, model)
     return LoadedRun(config, task, model.to(device).eval(), folder)

@@ -11,12 +11,13 @@ from torch import nn
 
 from vlmoe.config import NLVR2Config
 from vlmoe.data import Example, Sample, SamplePlace, SampleStream, load_tokenizer
+from vlmoe.data.text import tokenizer_digest
 from vlmoe.errors import UserError
 from vlmoe.metrics import nlvr2_scores
 from vlmoe.models.build import build_encoder, check_model
 from vlmoe.models.heads import NLVR2Model
 from vlmoe.tasks import finetune
-from vlmoe.tasks.start import start_encoder
+from vlmoe.tasks.start import TOKENIZER_FILE, start_encoder
 from vlmoe.tasks.task import Inputs, TaskLoss, Totals
 
 LABELS = ("False", "True")  # classes 0 and 1 of the released heads
@@ -26,8 +27,8 @@ class NLVR2:
     def __init__(self, config: NLVR2Config, device: torch.device) -> None:
         check_model(config.model)
         self.config, self.streams = config, finetune.STREAMS
-        self.files: dict[str, str] = {}
         self.tokenizer = load_tokenizer(config.data.text)
+        self.files = {TOKENIZER_FILE: tokenizer_digest(config.data.text)}
         self.pad_id, self.max_text_length = self.tokenizer.pad_id, config.model.max_text_length
 
     def build_model(self) -> NLVR2Model:

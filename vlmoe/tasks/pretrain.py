@@ -20,7 +20,7 @@ from vlmoe.config import PretrainConfig
 from vlmoe.data import SamplePlace, SampleStream, open_held_out, open_streams
 from vlmoe.data.masking import block_mask, text_mask
 from vlmoe.data.sample import BrokenSample, Sample
-from vlmoe.data.text import load_tokenizer
+from vlmoe.data.text import load_tokenizer, tokenizer_digest
 from vlmoe.data.transforms import eval_transform, train_transform
 from vlmoe.errors import UserError
 from vlmoe.metrics.perplexity import perplexity, unigram_perplexity
@@ -28,8 +28,9 @@ from vlmoe.models.build import build_encoder, check_model
 from vlmoe.models.cost import describe_model
 from vlmoe.models.heads import PretrainModel, targets_at
 from vlmoe.models.visual_tokenizer import VisualTokenizer, load_visual_tokenizer
+from vlmoe.models.weights import weights_digest
 from vlmoe.nn.router import Routing, load_balancing_loss, router_z_loss
-from vlmoe.tasks.start import start_encoder, start_heads
+from vlmoe.tasks.start import TOKENIZER_FILE, start_encoder, start_heads
 from vlmoe.tasks.task import Inputs, TaskLoss, Totals
 
 
@@ -42,8 +43,8 @@ class Pretrain:
                 "task pretrain needs a stream: set data.pairs.batch_size (or data.images / data.texts) above 0"
             )
         check_model(config.model)
-        self.files: dict[str, str] = {}
         self.tokenizer = load_tokenizer(data.text)
+        self.files = {TOKENIZER_FILE: tokenizer_digest(data.text)}
         self.pad_id, self.max_text_length = self.tokenizer.pad_id, config.model.max_text_length
         self.grid = config.model.image_size // config.model.patch_size
         if self.streams != ("texts",) and not round(config.image_mask_ratio * self.grid**2):
@@ -51,6 +52,8 @@ class Pretrain:
                 f"image_mask_ratio {config.image_mask_ratio:g} hides none of the {self.grid**2} patches of an image: raise it"
             )
         self.codes_of = _load_codes_of(config).to(device) if self.streams != ("texts",) else None
+        if self.codes_of:
+            self.files["visual_tokenizer.txt"] = weights_digest(Path(config.visual_tokenizer or ""))
 
     def build_model(self) -> PretrainModel:
         encoder = build_encoder(self.config.model, self.tokenizer.vocab_size)

@@ -16,13 +16,14 @@ from torch import Tensor, nn
 
 from vlmoe.config import RetrievalConfig
 from vlmoe.data import Example, Examples, Sample, SamplePlace, SampleStream, collate, load_tokenizer
+from vlmoe.data.text import tokenizer_digest
 from vlmoe.errors import UserError
 from vlmoe.metrics import recall_at_k_of_embeddings
 from vlmoe.models import RetrievalModel, build_encoder
 from vlmoe.models.build import check_model
 from vlmoe.tasks import finetune
 from vlmoe.tasks.contrast import contrastive_loss
-from vlmoe.tasks.start import start_encoder, start_heads
+from vlmoe.tasks.start import TOKENIZER_FILE, start_encoder, start_heads
 from vlmoe.tasks.task import Inputs, TaskLoss, Totals
 
 KS = (1, 5, 10)
@@ -37,8 +38,8 @@ class Retrieval:
                 "set optim.accumulate=1 and use more GPUs or a smaller data.examples.batch_size"
             )
         self.config, self.streams = config, finetune.STREAMS
-        self.files: dict[str, str] = {}
         self.tokenizer = load_tokenizer(config.data.text)
+        self.files = {TOKENIZER_FILE: tokenizer_digest(config.data.text)}
         self.pad_id, self.max_text_length = self.tokenizer.pad_id, config.model.max_text_length
 
     def build_model(self) -> RetrievalModel:

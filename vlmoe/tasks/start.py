@@ -5,13 +5,15 @@ from pathlib import Path
 
 from torch import nn
 
-from vlmoe.config import FinetuneConfig, ModelConfig, PretrainConfig, RunConfig, differences, load
+from vlmoe.config import FinetuneConfig, ModelConfig, PretrainConfig, RunConfig, TextConfig, differences, load
+from vlmoe.data.text import tokenizer_digest
 from vlmoe.errors import UserError
 from vlmoe.models.encoder import Encoder
 from vlmoe.models.weights import latest_checkpoint, read_tensors
 from vlmoe.nn.embed import UNUSED_ROWS, resize_positions
 
 StartingConfig = PretrainConfig | FinetuneConfig
+TOKENIZER_FILE = "tokenizer.txt"  # beside a checkpoint's tensors: the digest of the tokenizer that it was trained with
 FREE = {"image_size", "max_text_length", "drop_path", "ffn.backend", "ffn.capacity_factor"}  # need not equal init's
 
 
@@ -87,9 +89,18 @@ def _check_same_encoder(config: StartingConfig, source: RunConfig, folder: Path)
     ours, its = config.data.text, source.data.text
     if ours.tokenizer != its.tokenizer:
         raise UserError(f"init: {folder} was trained with tokenizer {its.tokenizer}; set data.text.tokenizer to it")
-    paths = [Path(each.model) for each in (ours, its) if each.model is not None]
-    if len(paths) == 2 and all(path.is_file() for path in paths) and paths[0].read_bytes() != paths[1].read_bytes():
-        raise UserError(f"init: {folder} was trained with the tokenizer {its.model}; set data.text.model to it")
+    if is_another_tokenizer(folder, ours, its):
+        raise UserError(
+            f"init: {folder} was trained with another tokenizer than {ours.model}; set data.text.model to its"
+        )
+
+
+def is_another_tokenizer(folder: Path, ours: TextConfig, its: TextConfig) -> bool:
+    """Whether a checkpoint, whose recipe says `its`, was trained with other ids than ours. False where nothing tells."""
+    kept = folder / TOKENIZER_FILE
+    if kept.is_file():
+        return kept.read_text(encoding="utf-8") != tokenizer_digest(ours)
+    return its.model is not None and Path(its.model).is_file() and tokenizer_digest(its) != tokenizer_digest(ours)
 
 
 def _plain(model: ModelConfig) -> ModelConfig:

@@ -19,13 +19,14 @@ from torch import Tensor, nn
 
 from vlmoe.config import VQAConfig
 from vlmoe.data import Example, Examples, Sample, SamplePlace, SampleStream, load_tokenizer
+from vlmoe.data.text import tokenizer_digest
 from vlmoe.errors import UserError
-from vlmoe.metrics import build_answer_vocabulary, soft_targets, vqa_accuracy
+from vlmoe.metrics import build_answer_vocabulary, normalize_answer, soft_targets, vqa_accuracy
 from vlmoe.models.build import build_encoder, check_model
 from vlmoe.models.heads import VQAModel
 from vlmoe.tasks import finetune
 from vlmoe.tasks.labels import LABELS_FILE, labels_text, read_labels
-from vlmoe.tasks.start import start_encoder
+from vlmoe.tasks.start import TOKENIZER_FILE, start_encoder
 from vlmoe.tasks.task import Inputs, TaskLoss, Totals
 
 
@@ -52,7 +53,7 @@ class VQA:
         self.pad_id, self.max_text_length = self.tokenizer.pad_id, config.model.max_text_length
         self.labels = read_labels(config.labels) if config.labels else self._frequent_answers()
         self.number_of = {answer: number for number, answer in enumerate(self.labels)}
-        self.files = {LABELS_FILE: labels_text(self.labels)}
+        self.files = {LABELS_FILE: labels_text(self.labels), TOKENIZER_FILE: tokenizer_digest(config.data.text)}
 
     def build_model(self) -> VQAModel:
         encoder = build_encoder(self.config.model, self.tokenizer.vocab_size, final_norm=False)
@@ -169,10 +170,11 @@ class VQA:
 
 
 def official_annotation(question: Mapping[str, Any]) -> dict[str, Any]:
-    """A row of an official annotations file, as far as the evaluator reads it."""
+    """A row of an official annotations file, as far as the evaluator reads it; answers from elsewhere in its spelling."""
+    spell = normalize_answer if question.get("free_spelling") else str
     return {
         "question_id": question["id"],
         "question_type": question["question_type"],
         "answer_type": question["answer_type"],
-        "answers": [{"answer": said, "answer_id": i} for i, said in enumerate(question["answers"], start=1)],
+        "answers": [{"answer": spell(said), "answer_id": i} for i, said in enumerate(question["answers"], start=1)],
     }

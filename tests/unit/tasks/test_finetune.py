@@ -205,6 +205,36 @@ def test_an_encoder_that_does_not_fit_is_refused(finetune_recipe, pretrained, ov
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_another_tokenizer_at_the_same_path_is_noticed(finetune_recipe, pretrained, tiny_world, tmp_path):
+    recipe = finetune_recipe("retrieval", "coco", init=str(pretrained))
+    model = shutil.copy(tiny_world.spm, tmp_path / "copy.model")
+    train(load(recipe, [f"data.text.model={model}", "steps=2"]))  # another path, the same ids
+    with model.open("ab") as file:
+        file.write(b"\xc0\x0c\x01")  # field 200, which no reader knows: another file that can be read
+    for use in (evaluate, load_run):
+        with pytest.raises(UserError, match=r"trained with another tokenizer than .*copy.model"):
+            use(tmp_path / "run", *([[]] if use is evaluate else [CPU, []]))
+    with pytest.raises(UserError, match=r"init: .* was trained with another tokenizer than .*copy.model"):
+        train(load(recipe, [f"data.text.model={model}", f"out={tmp_path / 'other'}"]))
+    with pytest.raises(UserError, match=r"tokenizer.txt is not what the data of the recipe gives now"):
+        train(load(recipe, [f"data.text.model={model}", "steps=2"]))
+
+
+def test_answers_of_a_jsonl_may_be_spelled_freely(trained_vqa, tiny_examples, tmp_path):
+    """Unanimous answers of official files are compared to the letter."""
+    rows = [json.loads(line) for line in (tiny_examples.folder / "val.jsonl").read_text().splitlines()]
+    evaluate(trained_vqa, [])
+    answers = {
+        each["question_id"]: each["answer"] for each in json.loads((trained_vqa / "vqa_results.json").read_text())
+    }
+    said = next(iter(answers.values()))
+    (tmp_path / "a.jsonl").write_text(json.dumps({**rows[0], "answer": f"The {said.capitalize()}"}) + "\n")
+    source = {"index": f"{tmp_path}/a.jsonl", "images": f"{tiny_examples.folder}/images"}
+    metrics = evaluate(trained_vqa, [f"data.examples.eval_sources=[{yaml.safe_dump(source, default_flow_style=True)}]"])
+    given = json.loads((trained_vqa / "vqa_results.json").read_text())[0]["answer"]
+    assert metrics["questions_with_a_known_answer"] == 1 and metrics["accuracy"] == (100 if given == said else 0)
+
+
 def test_a_run_no_longer_needs_what_it_started_from(finetune_recipe, pretrained, tiny_examples, tmp_path):
     shutil.copytree(pretrained, tmp_path / "start")
     train(load(finetune_recipe("vqa", "vqa", init=str(tmp_path / "start"), min_answer_count=1)))

@@ -136,7 +136,7 @@ def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(pretrain_recipe, t
     ):
         train(load(pretrain_recipe, [f"out={tmp_path}"]))
     with pytest.raises(
-        UserError, match=r"between steps 4 and 6; .*set another `out` \(init=.*step-00000003 starts from it"
+        UserError, match=r"between steps 4 and 6; .*set another `out` \(init=.*step-00000003 starts from its"
     ):
         health = trainer._Health(load(pretrain_recipe, [f"out={tmp_path}"]), 3)
         for step in (4, 5, 6):
