@@ -5,6 +5,8 @@ where share = batch_size / (world_size * accumulate). So the positions of a step
 accumulation steps and worker processes. The random numbers of a sample come from (seed, stream, position) alone.
 """
 
+import atexit
+import multiprocessing
 import signal
 import sys
 import zlib
@@ -248,6 +250,9 @@ def _load(
 ) -> Iterator[Batch]:
     if not work:  # a run that is complete starts no processes
         return
+    if workers:
+        atexit.unregister(_end_workers)
+        atexit.register(_end_workers)
     loader = DataLoader(
         dataset,
         batch_size=None,
@@ -271,6 +276,15 @@ def _load(
 def _in_steps(batches: Iterator[Batch], accumulate: int) -> Iterator[list[Batch]]:
     while step := list(islice(batches, accumulate)):
         yield step
+
+
+def _end_workers() -> None:
+    """At exit, before `multiprocessing` asks those that are left with a SIGTERM, which they ignore, and waits for ever."""
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # DataLoader's handler would complain
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
 
 
 def _init_worker(worker: int) -> None:

@@ -12,6 +12,8 @@ from vlmoe.errors import UserError
 from vlmoe.inspect.routing import PlacedRouting, distinct_experts
 from vlmoe.models.visual_tokenizer import VisualTokenizer
 
+FONT = "DejaVu Sans Mono"  # matplotlib's own
+
 
 def draw_losses(metrics: Sequence[dict[str, Any]], path: Path) -> None:
     """Training losses by step, held-out perplexities with their unigram baselines (dashed)."""
@@ -104,7 +106,7 @@ def draw_texts(images: Float[Tensor, "B 3 H W"], texts: Sequence[str], path: Pat
     for (left, right), image, text in zip(axes, images, texts, strict=True):
         left.imshow(_to_picture(image))
         left.axis("off")
-        right.text(0, 0.5, text, va="center", fontsize=10, family="monospace")
+        right.text(0, 0.5, _drawable(text, FONT), va="center", fontsize=10, family=FONT, in_layout=False)
         right.axis("off")
     _save(figure, path)
 
@@ -127,6 +129,17 @@ def _smoothed(points: Sequence[tuple[int, float]]) -> tuple[list[int], np.ndarra
     width = max(1, len(values) // 40)
     padded = np.pad(values, (width // 2, width - 1 - width // 2), mode="edge")
     return steps, np.convolve(padded, np.ones(width) / width, mode="valid")
+
+
+def _drawable(text: str, family: str, width: int = 84) -> str:
+    """In lines of `width`; characters that the font lacks as their numbers."""
+    import textwrap
+
+    from matplotlib import font_manager
+
+    known = font_manager.get_font(font_manager.findfont(family)).get_charmap()
+    text = "".join(c if c == "\n" or ord(c) in known else f"<{ord(c):x}>" for c in text)
+    return "\n".join(line for each in text.split("\n") for line in textwrap.wrap(each, width, subsequent_indent="    "))
 
 
 def _wrapped(text: str, width: int = 34) -> str:

@@ -78,7 +78,7 @@ def _read(tokenizer: Tokenizer, truth: list[int], masked: list[bool], padding: l
     places = [i for i in range(len(truth)) if not padding[i] and truth[i] not in (tokenizer.bos_id, tokenizer.eos_id)]
     seen, completed = [], []
     for i in places:
-        right, said = tokenizer.decode([truth[i]]), tokenizer.decode([guess[i]])
+        right, said = (tokenizer.decode([each]) or "\N{LOWER ONE EIGHTH BLOCK}" for each in (truth[i], guess[i]))
         seen.append("_" if masked[i] else right)
         shown = f"[{said}]" if truth[i] == guess[i] else f"[{said}|{right}]"
         completed.append(shown if masked[i] else right)

@@ -331,11 +331,14 @@ class _Health:
 
 @contextmanager
 def _stop_signals():
-    """An event that SIGTERM or Ctrl-C sets: the step in hand is finished and saved. A second one stops at once."""
+    """An event that SIGTERM or Ctrl-C sets: the step in hand is finished and saved. A second one stops at once; where code that
+    cannot be interrupted swallows it, a third one ends the process."""
     stop = threading.Event()
 
     def on_signal(number: int, _: Any) -> None:
         if stop.is_set():
+            for each in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(each, signal.SIG_DFL)
             raise KeyboardInterrupt
         stop.set()
 

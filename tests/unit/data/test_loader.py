@@ -2,6 +2,8 @@
 
 import importlib
 import multiprocessing
+import subprocess
+import sys
 import traceback
 from functools import partial
 from itertools import chain
@@ -216,3 +218,16 @@ def test_spawned_workers(streams, tmp_path, monkeypatch):
         for options in ({}, {"workers": 1, "start_method": "spawn"})
     )
     assert here == there
+
+
+def test_a_process_ends_that_still_holds_its_workers():
+    """They ignore the SIGTERM that `multiprocessing` sends them at exit."""
+    script = """
+import torch
+from vlmoe.data.loader import Batch, _load
+batch = Batch({"texts": {"text": torch.zeros(1)}}, num_targets={})
+batches = _load([batch] * 50, range(50), workers=1, device=torch.device("cpu"), start_method=None)
+next(batches)
+"""
+    done = subprocess.run([sys.executable, "-c", script], timeout=120, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")

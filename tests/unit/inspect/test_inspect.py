@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 
 from vlmoe.config import FFNConfig, ModelConfig, load
-from vlmoe.inspect.pictures import draw_experts, draw_losses
+from vlmoe.inspect.pictures import FONT, _drawable, draw_experts, draw_losses
 from vlmoe.inspect.reading import draw_samples
 from vlmoe.inspect.routing import PlacedRouting, distinct_experts, place_routings
 from vlmoe.models import build_encoder
@@ -58,3 +58,8 @@ def test_the_pictures_of_a_run(pretrain_recipe, tmp_path):
     for path in paths.values():
         picture = Image.open(path)
         assert min(picture.size) > 200 and len(picture.convert("RGB").getcolors(maxcolors=2**24)) > 50
+
+
+def test_texts_are_wrapped_and_characters_without_a_glyph_are_numbers():
+    assert _drawable("a \u7684 b\nc", FONT) == "a <7684> b\nc"
+    assert _drawable("word " * 5, FONT, width=12) == "word word\n    word\n    word\n    word"
