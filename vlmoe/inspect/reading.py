@@ -15,6 +15,8 @@ from vlmoe.inspect.routing import place_routings
 from vlmoe.tasks import LoadedRun
 from vlmoe.tasks.pretrain import Pretrain
 
+SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # as sentencepiece writes the piece that is a space alone
+
 
 @dataclass(frozen=True)
 class Reading:
@@ -78,11 +80,13 @@ def _read(tokenizer: Tokenizer, truth: list[int], masked: list[bool], padding: l
     places = [i for i in range(len(truth)) if not padding[i] and truth[i] not in (tokenizer.bos_id, tokenizer.eos_id)]
     seen, completed = [], []
     for i in places:
-        right, said = (tokenizer.decode([each]) or "\N{LOWER ONE EIGHTH BLOCK}" for each in (truth[i], guess[i]))
+        right, said = tokenizer.decode([truth[i]]), tokenizer.decode([guess[i]])
         seen.append("_" if masked[i] else right)
-        shown = f"[{said}]" if truth[i] == guess[i] else f"[{said}|{right}]"
+        shown = f"[{said or SPACE}]" if truth[i] == guess[i] else f"[{said or SPACE}|{right or SPACE}]"
         completed.append(shown if masked[i] else right)
-    return Reading(tokenizer.decode([truth[i] for i in places]), " ".join(seen), " ".join(completed))
+    return Reading(
+        tokenizer.decode([truth[i] for i in places]), " ".join(filter(None, seen)), " ".join(filter(None, completed))
+    )
 
 
 def _first_pairs(loaded: LoadedRun, task: Pretrain, count: int, device: torch.device) -> dict[str, Any]:
