@@ -64,11 +64,11 @@ def main() -> None:
         verb.add_argument("--out", type=Path, default=FOLDER / f"{name}.csv")
         if name == "experts":
             verb.add_argument("--cases", type=int, nargs="+", help="numbers in bench_experts.CASES; all if left out")
-            continue
-        verb.add_argument("--tokens", type=int, default=65_536)
-        verb.add_argument("--heads", type=int, default=4, help="sub-tokens per token")
-        verb.add_argument("--experts", type=int, default=32)
-        verb.add_argument("--top-k", type=int, default=2)
+        else:
+            verb.add_argument("--tokens", type=int, default=65_536)
+            verb.add_argument("--heads", type=int, default=4, help="sub-tokens per token")
+            verb.add_argument("--experts", type=int, default=32)
+            verb.add_argument("--top-k", type=int, default=2)
         if name == "layer":
             verb.add_argument("--dim", type=int, default=768)
             verb.add_argument("--multiple-of", type=int, default=64, help="of the experts' hidden width")

@@ -197,9 +197,7 @@ def _jsonl(source: ExamplesSource) -> Iterator[Example]:
             meta["label"] = str(_get(row, "label", (str, int, bool), where))
         if answers:
             meta["answers"] = list(islice(cycle(answers), max(ANSWERS, len(answers))))
-            meta["free_spelling"] = (
-                True  # unlike an official file's, which the evaluator compares to the letter at times
-            )
+            meta["free_spelling"] = True  # the evaluator compares an official file's to the letter at times
             meta["multiple_choice_answer"] = max(answers, key=answers.count)
             meta |= {key: str(row.get(key, "other")) for key in ("question_type", "answer_type")}
         key = _get(row, "id", (int, str), where) if "id" in row else f"{Path(source.index).with_suffix('')}-{number}"

@@ -95,7 +95,7 @@ def open_streams(config: DataConfig, names: Sequence[str], *, seed: int) -> dict
     streams = {name: Stream(each.sources, name=name, batch_size=each.batch_size, **shared) for name, each in on.items()}
     for name, stream in streams.items():
         _check_held_out(on[name].eval_shards, stream)
-    return {**streams}
+    return dict(streams)
 
 
 def open_held_out(config: DataConfig, names: Sequence[str]) -> dict[str, Sequence[SamplePlace]]:

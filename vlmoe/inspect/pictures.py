@@ -1,5 +1,6 @@
 """Pictures of a run, with matplotlib (extra `pictures`): loss curves, experts per patch, codes, words behind masks."""
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -133,8 +134,6 @@ def _smoothed(points: Sequence[tuple[int, float]]) -> tuple[list[int], np.ndarra
 
 def _drawable(text: str, family: str, width: int = 84) -> str:
     """In lines of `width`; characters that the font lacks as their numbers."""
-    import textwrap
-
     from matplotlib import font_manager
 
     known = font_manager.get_font(font_manager.findfont(family)).get_charmap()
@@ -143,8 +142,6 @@ def _drawable(text: str, family: str, width: int = 84) -> str:
 
 
 def _wrapped(text: str, width: int = 34) -> str:
-    import textwrap
-
     return "\n".join(textwrap.wrap(text, width)[:3])
 
 

@@ -122,8 +122,10 @@ def check_backend(config: ModelConfig, device: torch.device, dtype: torch.dtype)
 def experts_backend(config: ModelConfig, device: torch.device, dtype: torch.dtype, *, compiled: bool) -> str:
     """What the experts run on, "auto" decided; empty for a dense model."""
     ffn = config.ffn
-    if not sparse_layers(config) or ffn.backend != "auto":
-        return ffn.backend if sparse_layers(config) else ""
+    if not sparse_layers(config):
+        return ""
+    if ffn.backend != "auto":
+        return ffn.backend
     rows, hidden_dim = _no_rows(config, device, dtype), expert_dim(ffn, config.dim)
     return fastest_backend(rows, hidden_dim, ffn.activation, compiled=compiled)
 

@@ -11,7 +11,7 @@ from vlmoe.errors import UserError
 from vlmoe.models.weights import latest_checkpoint, load_weights
 from vlmoe.tasks.labels import LABELS_FILE
 from vlmoe.tasks.registry import make_task
-from vlmoe.tasks.start import TOKENIZER_FILE, is_another_tokenizer
+from vlmoe.tasks.start import TOKENIZER_FILE, read_beside
 from vlmoe.tasks.task import Task
 
 
@@ -34,9 +34,9 @@ def load_run(run: Path, device: torch.device, overrides: list[str]) -> LoadedRun
     if isinstance(config, (VQAConfig, ClassificationConfig)) and (folder / LABELS_FILE).is_file():
         config.labels = str(folder / LABELS_FILE)
     task = make_task(config, device)
-    text = getattr(config.data, "text", None)
-    if TOKENIZER_FILE in task.files and text and is_another_tokenizer(folder, text, text):
-        raise UserError(f"{folder} was trained with another tokenizer than {text.model}; set data.text.model to its")
+    if read_beside(folder, TOKENIZER_FILE) not in (None, task.files.get(TOKENIZER_FILE)):
+        model = config.data.text.model
+        raise UserError(f"{folder} was trained with another tokenizer than {model}; set data.text.model to its")
     model = task.build_model()
     load_weights(folder, model)
     return LoadedRun(config, task, model.to(device).eval(), folder)

@@ -30,7 +30,7 @@ from vlmoe.models.heads import PretrainModel, targets_at
 from vlmoe.models.visual_tokenizer import VisualTokenizer, load_visual_tokenizer
 from vlmoe.models.weights import weights_digest
 from vlmoe.nn.router import Routing, load_balancing_loss, router_z_loss
-from vlmoe.tasks.start import TOKENIZER_FILE, start_encoder, start_heads
+from vlmoe.tasks.start import TOKENIZER_FILE, VISUAL_TOKENIZER_FILE, start_encoder, start_heads
 from vlmoe.tasks.task import Inputs, TaskLoss, Totals
 
 
@@ -52,8 +52,8 @@ class Pretrain:
                 f"image_mask_ratio {config.image_mask_ratio:g} hides none of the {self.grid**2} patches of an image: raise it"
             )
         self.codes_of = _load_codes_of(config).to(device) if self.streams != ("texts",) else None
-        if self.codes_of:
-            self.files["visual_tokenizer.txt"] = weights_digest(Path(config.visual_tokenizer or ""))
+        if self.codes_of and config.visual_tokenizer:
+            self.files[VISUAL_TOKENIZER_FILE] = weights_digest(Path(config.visual_tokenizer))
 
     def build_model(self) -> PretrainModel:
         encoder = build_encoder(self.config.model, self.tokenizer.vocab_size)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from torch import nn
 
-from vlmoe.config import FinetuneConfig, ModelConfig, PretrainConfig, RunConfig, TextConfig, differences, load
+from vlmoe.config import FinetuneConfig, ModelConfig, PretrainConfig, RunConfig, differences, load
 from vlmoe.data.text import tokenizer_digest
 from vlmoe.errors import UserError
 from vlmoe.models.encoder import Encoder
@@ -13,7 +13,8 @@ from vlmoe.models.weights import latest_checkpoint, read_tensors
 from vlmoe.nn.embed import UNUSED_ROWS, resize_positions
 
 StartingConfig = PretrainConfig | FinetuneConfig
-TOKENIZER_FILE = "tokenizer.txt"  # beside a checkpoint's tensors: the digest of the tokenizer that it was trained with
+# beside a checkpoint's tensors: digests of what it was trained with
+DIGESTS = TOKENIZER_FILE, VISUAL_TOKENIZER_FILE = "tokenizer.txt", "visual_tokenizer.txt"
 FREE = {"image_size", "max_text_length", "drop_path", "ffn.backend", "ffn.capacity_factor"}  # need not equal init's
 
 
@@ -89,18 +90,18 @@ def _check_same_encoder(config: StartingConfig, source: RunConfig, folder: Path)
     ours, its = config.data.text, source.data.text
     if ours.tokenizer != its.tokenizer:
         raise UserError(f"init: {folder} was trained with tokenizer {its.tokenizer}; set data.text.tokenizer to it")
-    if is_another_tokenizer(folder, ours, its):
+    known = read_beside(folder, TOKENIZER_FILE)
+    if known is None and its.model is not None and Path(its.model).is_file():
+        known = tokenizer_digest(its)
+    if known not in (None, tokenizer_digest(ours)):
         raise UserError(
             f"init: {folder} was trained with another tokenizer than {ours.model}; set data.text.model to its"
         )
 
 
-def is_another_tokenizer(folder: Path, ours: TextConfig, its: TextConfig) -> bool:
-    """Whether a checkpoint, whose recipe says `its`, was trained with other ids than ours. False where nothing tells."""
-    kept = folder / TOKENIZER_FILE
-    if kept.is_file():
-        return kept.read_text(encoding="utf-8") != tokenizer_digest(ours)
-    return its.model is not None and Path(its.model).is_file() and tokenizer_digest(its) != tokenizer_digest(ours)
+def read_beside(folder: Path, name: str) -> str | None:
+    """A text that a checkpoint carries beside its tensors, if it does."""
+    return (folder / name).read_text(encoding="utf-8") if (folder / name).is_file() else None
 
 
 def _plain(model: ModelConfig) -> ModelConfig:

@@ -220,6 +220,15 @@ def test_another_tokenizer_at_the_same_path_is_noticed(finetune_recipe, pretrain
         train(load(recipe, [f"data.text.model={model}", "steps=2"]))
 
 
+def test_labels_that_are_gone_are_missed_and_a_digest_is_not(finetune_recipe, trained_vqa):
+    recipe, folder = finetune_recipe("vqa", "vqa", steps=4, min_answer_count=1), latest_checkpoint(trained_vqa)
+    (folder / "tokenizer.txt").unlink()
+    assert train(load(recipe)).step == 4
+    (folder / "labels.txt").unlink()
+    with pytest.raises(UserError, match=r"labels.txt is not what the data of the recipe gives now"):
+        train(load(recipe))
+
+
 def test_answers_of_a_jsonl_may_be_spelled_freely(trained_vqa, tiny_examples, tmp_path):
     """Unanimous answers of official files are compared to the letter."""
     rows = [json.loads(line) for line in (tiny_examples.folder / "val.jsonl").read_text().splitlines()]
