@@ -161,6 +161,18 @@ def test_tensors_that_begin_anywhere():
     assert all(torch.equal(got[name], want[name]) for name in want)
 
 
+@pytest.mark.parametrize("dim, activation", [(192, "gelu"), (256, "gelu"), (96, "swiglu")])
+def test_a_row_that_is_not_finite_reaches_its_own_experts_only(dim, activation):
+    x, ids, weights, bank, dy = draw(rows=1000, dim=dim, hidden=128, E=8, top_k=2, activation=activation)
+    ids[1:][ids[1:] == 0] = 8
+    ids[0] = torch.tensor([0, 8])  # it alone meets expert 0, which it alone meets
+    want = run(with_backend("triton", activation), x, ids, weights, bank, dy)
+    for tensor in (x, weights, dy):
+        tensor[0] = torch.nan
+    got = run(with_backend("triton", activation), x, ids, weights, bank, dy)
+    assert all(torch.equal(got[name][1:], want[name][1:]) and got[name][0].isnan().any() for name in want)
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two devices")
 def test_kernels_run_where_their_tensors_are():
     layer, x = (

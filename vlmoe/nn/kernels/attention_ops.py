@@ -1,5 +1,3 @@
-# pyright: reportCallIssue=false, reportArgumentType=false
-# (a launch takes plain values where the kernel's signature says constexpr)
 """Attention over parts as one `torch.library` operator with gradients.
 
 Axes: B samples, V vision positions each (0: none), N rows of packed text, d width, a heads.
@@ -9,11 +7,12 @@ import math
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from vlmoe.nn.kernels import attention
+from vlmoe.nn.kernels.launch import launch
 from vlmoe.nn.kernels.operator import aligned, operator, refuse_second_order
+from vlmoe.nn.kernels.tiles import cdiv
 
 # an H200's best at 64 features and 200 positions
 BLOCKS = {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 3}
@@ -37,7 +36,7 @@ def attend_parts(
     vision, text, spans = (aligned(each) for each in (vision, text, spans))
     y_vision, y_text, sums = _new(vision, text, heads)
     grid, sizes = _launch(vision, spans, sums, longest)
-    attention.attend[grid](vision, text, spans, y_vision, y_text, sums, **sizes, **BLOCKS)
+    launch(attention.attend, grid, vision, text, spans, y_vision, y_text, sums, **sizes, **BLOCKS)
     return y_vision, y_text, sums
 
 
@@ -55,10 +54,13 @@ def attend_parts_backward(
     vision, text, spans, dy_vision, dy_text = (aligned(each) for each in (vision, text, spans, dy_vision, dy_text))
     d_vision, d_text, stats = torch.empty_like(vision), torch.zeros_like(text), sums.new_empty(*sums.shape, 4)
     grid, sizes = _launch(vision, spans, sums, longest)
-    attention.query_gradients[grid](
-        vision, text, y_vision, y_text, dy_vision, dy_text, spans, sums, stats, d_vision, d_text, **sizes, **BLOCKS
+    launch(
+        attention.query_gradients, grid, vision, text, y_vision, y_text, dy_vision, dy_text, spans, sums, stats,
+        d_vision, d_text, **sizes, **BLOCKS,
+    )  # fmt: skip
+    launch(
+        attention.key_gradients, grid, vision, text, dy_vision, dy_text, spans, stats, d_vision, d_text, **sizes, **KEYS
     )
-    attention.key_gradients[grid](vision, text, dy_vision, dy_text, spans, stats, d_vision, d_text, **sizes, **KEYS)
     return d_vision, d_text
 
 
@@ -97,7 +99,7 @@ def _new(vision: Tensor, text: Tensor, heads: int) -> tuple[Tensor, Tensor, Tens
 def _launch(vision: Tensor, spans: Tensor, sums: Tensor, longest: int) -> tuple[tuple[int], dict[str, Any]]:
     """The grid of all three kernels, and what they are told of sizes."""
     (B, V, width), (heads, rows) = vision.shape, sums.shape
-    blocks, head_dim = triton.cdiv(longest, BLOCKS["BLOCK_M"]), width // 3 // heads
+    blocks, head_dim = cdiv(longest, BLOCKS["BLOCK_M"]), width // 3 // heads
     scale = head_dim**-0.5 / math.log(2)
     sizes = {"V": V, "rows": rows, "text_row": B * V, "blocks": blocks, "scale": scale, "HEADS": heads, "DIM": head_dim}
     return (blocks * heads * len(spans),), sizes

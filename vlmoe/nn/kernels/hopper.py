@@ -25,6 +25,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from vlmoe.nn.kernels.activations import activate_with_slope
 from vlmoe.nn.kernels.configs import HopperTile, split_width
+from vlmoe.nn.kernels.launch import launch_by_name
 
 barrier = getattr(gl, "thread_barrier", None) or gl.barrier  # its name in Triton 3.6, and in 3.8
 HALF_ROWS = gl.constexpr(64)  # rows of a warpgroup's product
@@ -95,9 +96,9 @@ def are_slots(place, end, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def store_sum(part, weights, slot, dy, FIRST: gl.constexpr, WIDTH: gl.constexpr, ROWS: gl.constexpr):
+def store_sum(part, weights, slot, here, dy, FIRST: gl.constexpr, WIDTH: gl.constexpr, ROWS: gl.constexpr):
     """The sum of weight * dy, in which rows without a slot are 0."""
-    weighted = dy.to(gl.float32) * gl.load(weights + slot)[:, None]
+    weighted = dy.to(gl.float32) * gl.load(weights + slot, mask=here, other=0.0)[:, None]
     gl.store(part + FIRST + gl.arange(0, WIDTH, gl.SliceLayout(0, ROWS)), gl.sum(weighted, 0))
 
 
@@ -219,10 +220,10 @@ def multiply(
         dweight = gl.zeros([HALF_ROWS], gl.float32, gl.SliceLayout(1, HIDDEN_MMA))
         if BIAS:
             part = db_parts + (tile * 2 + HALF).to(gl.int64) * DIM
-            store_sum(part, weights, slot1, dy_rows1, 0, D1, ROWS1)
+            store_sum(part, weights, slot1, are_slots(place, end, ROWS1), dy_rows1, 0, D1, ROWS1)
             dweight += gl.convert_layout(times_bias(dy1, b_out + expert * DIM, D1, MMA1), dweight.type.layout)
             if D2 > 0:
-                store_sum(part, weights, slot2, dy_rows2, D1, D2, ROWS2)
+                store_sum(part, weights, slot2, are_slots(place, end, ROWS2), dy_rows2, D1, D2, ROWS2)
                 dweight += gl.convert_layout(times_bias(dy2, b_out + expert * DIM + D1, D2, MMA2), dweight.type.layout)
         gl.store(tile_weights + (tile * 2 + HALF) * HALF_ROWS + gl.arange(0, HALF_ROWS, weight.type.layout), weight)
         acc1 = gl.zeros([HALF_ROWS, D1], gl.float32, MMA1)
@@ -328,14 +329,17 @@ def row_gradients(
 
 def describe(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:
     """All of a [.., rows, columns] tensor, for copies of blocks."""
-    return TensorDescriptor.from_tensor(
-        matrix.view(-1, matrix.shape[-1]), [rows, columns], _layout(rows, columns, matrix.dtype)
-    )
+    described = TensorDescriptor.__new__(TensorDescriptor)  # whose checks take longer than all else
+    described.__dict__.update(_checked(matrix.shape, matrix.dtype, rows, columns), base=matrix)
+    return described
 
 
-@functools.cache  # making one takes longer than all else of a descriptor
-def _layout(rows: int, columns: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
-    return gl.NVMMASharedLayout.get_default_for([rows, columns], DTYPES[dtype])
+@functools.cache
+def _checked(shape: torch.Size, dtype: torch.dtype, rows: int, columns: int) -> dict[str, Any]:
+    """A descriptor's fields."""
+    layout = gl.NVMMASharedLayout.get_default_for([rows, columns], DTYPES[dtype])
+    flat = torch.empty(shape, dtype=dtype, device="meta").view(-1, shape[-1])
+    return vars(TensorDescriptor.from_tensor(flat, [rows, columns], layout))
 
 
 def describe_weights(w_in: Tensor, w_out: Tensor, block_n: int) -> dict[str, TensorDescriptor]:
@@ -353,5 +357,4 @@ def constants(tile: HopperTile) -> dict[str, int]:
 
 def launch_row_gradients(tile: HopperTile, programs: int, arguments: Mapping[str, Any]) -> None:
     """`arguments` by the names of the portable kernel and of this one, with the descriptors of the weights."""
-    given = {**arguments, **constants(tile)}
-    row_gradients[(programs,)](*(given[name] for name in row_gradients.arg_names), num_warps=4)
+    launch_by_name(row_gradients, (programs,), {**arguments, **constants(tile)}, num_warps=4)

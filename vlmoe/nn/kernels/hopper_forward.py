@@ -27,6 +27,7 @@ from vlmoe.nn.kernels.hopper import (
     store_slots,
     stream_weights,
 )
+from vlmoe.nn.kernels.launch import launch
 from vlmoe.nn.kernels.tiles import multiprocessors
 
 
@@ -188,8 +189,8 @@ def launch_forward(
     w_in, w_out, _, b_in, b_out, _ = bank
     E, hidden, dim = w_in.shape
     programs = min(len(tile_expert), multiprocessors(x.device))
-    forward[(programs,)](
-        x, slots, ends, tile_expert, tile_place, tile_base, weights, b_in, b_out, y=y, E=E,
-        **describe_weights(w_in, w_out, tile.block_n), TOP_K=top_k, HIDDEN=hidden, **widths(dim), BIAS=bias,
+    launch(
+        forward, (programs,), x, slots, ends, tile_expert, tile_place, tile_base, weights, b_in, b_out,
+        **describe_weights(w_in, w_out, tile.block_n), y=y, E=E, TOP_K=top_k, HIDDEN=hidden, **widths(dim), BIAS=bias,
         ACTIVATION=activation, **constants(tile), num_warps=4,
     )  # fmt: skip

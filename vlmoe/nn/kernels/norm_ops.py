@@ -1,5 +1,3 @@
-# pyright: reportCallIssue=false, reportArgumentType=false
-# (a launch takes plain values where the kernel's signature says constexpr)
 """Residual sum and layer norm, and bias, GELU and layer norm, as `torch.library` operators with gradients."""
 
 from typing import Any
@@ -8,6 +6,7 @@ import torch
 from torch import Tensor
 
 from vlmoe.nn.kernels import norm
+from vlmoe.nn.kernels.launch import launch
 from vlmoe.nn.kernels.operator import operator, refuse_second_order
 from vlmoe.nn.kernels.tiles import persistent_programs, power_of_two
 
@@ -19,9 +18,8 @@ def gelu_norm(x: Tensor, shift: Tensor, weight: Tensor, bias: Tensor, eps: float
     """layer_norm(GELU(x [rows, dim] + shift)) in x's dtype, and each row's mean and 1 / standard deviation in float32."""
     x, shift, weight, bias = (each.contiguous() for each in (x, shift, weight, bias))
     y, means, scales = _new(x)
-    norm.gelu_norm[(persistent_programs(len(x), 8, x.device),)](
-        x, shift, weight, bias, y, means, scales, len(x), eps, **_constants(x)
-    )
+    programs = persistent_programs(len(x), 8, x.device)
+    launch(norm.gelu_norm, (programs,), x, shift, weight, bias, y, means, scales, len(x), eps, **_constants(x))
     return y, means, scales
 
 
@@ -38,7 +36,9 @@ def gelu_norm_backward(
     dy, x, shift, weight = (each.contiguous() for each in (dy, x, shift, weight))
     dx, programs = torch.empty_like(x), persistent_programs(len(x), 2, x.device)
     parts = means.new_empty(programs, 3, x.shape[1])
-    norm.gelu_norm_gradients[(programs,)](dy, x, shift, weight, means, scales, dx, parts, len(x), **_constants(x))
+    launch(
+        norm.gelu_norm_gradients, (programs,), dy, x, shift, weight, means, scales, dx, parts, len(x), **_constants(x)
+    )
     return dx, parts.sum(0)
 
 
@@ -79,8 +79,9 @@ def add_norm(
     x, weight, bias = (each.contiguous() for each in (x, weight, bias))
     y, factor = (each if each is None else each.contiguous() for each in (y, factor))
     total, normed, means, scales = _new_sum(x, y, dtype)
-    norm.add_norm[(persistent_programs(len(x), ADD_PROGRAMS, x.device),)](
-        x, y, factor, weight, bias, total, normed, means, scales, len(x), _rows_per(factor, x), eps,
+    launch(
+        norm.add_norm, (persistent_programs(len(x), ADD_PROGRAMS, x.device),), x, y, factor, weight, bias, total,
+        normed, means, scales, len(x), _rows_per(factor, x), eps,
         **_sum_constants(x, y, factor),
     )  # fmt: skip
     return total, normed, means, scales
@@ -103,8 +104,9 @@ def add_norm_backward(
     d_total, factor = (each if each is None else each.contiguous() for each in (d_total, factor))
     dx, dy = _new_gradients(total, d_total, y_dtype)
     parts = means.new_empty(persistent_programs(len(total), ADD_PROGRAMS, total.device), 2, total.shape[1])
-    norm.add_norm_gradients[(len(parts),)](
-        d_normed, d_total, total, factor, weight, means, scales, dx, dy, parts, len(total), _rows_per(factor, total),
+    launch(
+        norm.add_norm_gradients, (len(parts),), d_normed, d_total, total, factor, weight, means, scales, dx, dy, parts,
+        len(total), _rows_per(factor, total),
         **_sum_constants(total, d_total, factor),
     )  # fmt: skip
     return dx, dy, parts.sum(0)

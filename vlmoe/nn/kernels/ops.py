@@ -1,5 +1,3 @@
-# pyright: reportCallIssue=false, reportArgumentType=false
-# (a launch takes plain values where the kernel's signature says constexpr)
 """The experts' kernels as `torch.library` operators with gradients, so that a compiled model stays one graph.
 
 Axes: `rows` of width `dim` with `top_k` slots each; `slots` = rows * top_k; `experts`; `hidden`.
@@ -16,9 +14,9 @@ from torch import Tensor
 from vlmoe.nn.kernels import configs
 from vlmoe.nn.kernels import expert_mlp as forward_kernels
 from vlmoe.nn.kernels import expert_mlp_backward as backward_kernels
-from vlmoe.nn.kernels.launch import repeated
+from vlmoe.nn.kernels.launch import launch, launch_by_name
 from vlmoe.nn.kernels.operator import aligned, operator, refuse_second_order
-from vlmoe.nn.kernels.tiles import Tiles, cut, multiprocessors, power_of_two
+from vlmoe.nn.kernels.tiles import Tiles, cdiv, cut, multiprocessors, power_of_two
 
 GLUON_TRITON = "3.6."  # add another when tests/gpu passed on it
 
@@ -52,8 +50,8 @@ def expert_mlp(
             hopper_tile, x, *at, tiles.base, weights, bank, y, top_k, bias, activation
         )
     else:
-        forward_kernels.forward[(tiles.count,)](
-            x, *at, weights, *bank, y, E,
+        launch(
+            forward_kernels.forward, (tiles.count,), x, *at, weights, *bank, y, E,
             TOP_K=top_k, HIDDEN=hidden, **configs.widths(dim), BIAS=bias, ACTIVATION=activation,
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, STAGES=tile.stages, num_warps=tile.warps,
         )  # fmt: skip
@@ -109,9 +107,8 @@ def expert_mlp_backward(
     gradients = [_sum_slots(dx_slots, expert_ids, E), dweights, dw_in, dw_out, dw_gate]
     if bias:
         db_out = x.new_empty(E, dim)
-        backward_kernels.sum_tiles[(E, triton.cdiv(dim, 32))](
-            db_out_parts, db_out, tiles.base, dim, db_parts_per_tile, 64, 32
-        )
+        grid = (E, cdiv(dim, 32))
+        launch(backward_kernels.sum_tiles, grid, db_out_parts, db_out, tiles.base, dim, db_parts_per_tile, 64, 32)
         gradients += [db_in, db_out, db_gate]
     return [each for each in gradients if each is not None]
 
@@ -122,7 +119,7 @@ def _backward_in_chunks(arguments: dict[str, Any], tiles: Tiles, gated: bool) ->
     E, hidden, dim = w_in.shape
     matrices, bias = 3 if gated else 2, arguments["BIAS"]
     by_row, by_weight = configs.row_gradients_tile(dim, gated), configs.weight_gradients_tile(dim)
-    blocks = triton.cdiv(hidden, by_weight.block_f)
+    blocks = cdiv(hidden, by_weight.block_f)
     chunk, segment, places = cut(
         tiles, by_row.block_m * hidden * matrices * x.element_size(), blocks * matrices, x.device
     )
@@ -134,19 +131,19 @@ def _backward_in_chunks(arguments: dict[str, Any], tiles: Tiles, gated: bool) ->
         "chunk_rows": chunk_rows, "parts": parts, "total": dw, "BLOCK_M": by_row.block_m, "segment_tiles": segment,
         "PLACES": places,
     }  # fmt: skip
-    shape = {"BLOCK_N": by_row.block_n, "STAGES": by_row.stages}
-    row_gradients = repeated(backward_kernels.row_gradients, arguments | shape, num_warps=by_row.warps)
-    shape = {"BLOCK_F": by_weight.block_f, "BLOCK_K": by_weight.block_k, "STAGES": by_weight.stages}
-    weight_gradients = repeated(backward_kernels.weight_gradients, arguments | shape, num_warps=by_weight.warps)
-    shape = {"SIZE": size + hidden if bias else size, "STRIDE": size + hidden, "BLOCK": 4096}
-    reduce_segments = repeated(backward_kernels.reduce_segments, arguments | shape)
+    row_shape = {"BLOCK_N": by_row.block_n, "STAGES": by_row.stages}
+    weight_shape = {"BLOCK_F": by_weight.block_f, "BLOCK_K": by_weight.block_k, "STAGES": by_weight.stages}
+    sum_shape = {"SIZE": size + hidden if bias else size, "STRIDE": size + hidden, "BLOCK": 4096}
     for first in range(0, tiles.count, chunk):
         count = min(chunk, tiles.count - first)
-        at = {"first_tile": first, "num_tiles": count}
-        row_gradients((count,), **at)
-        weight_gradients((blocks, matrices, triton.cdiv(count, segment)), **at)
-        reduce_segments((triton.cdiv(size + hidden, 4096), E, matrices), **at)
-    del arguments, row_gradients, weight_gradients, reduce_segments, parts  # before more is allocated
+        arguments |= {"first_tile": first, "num_tiles": count}
+        launch_by_name(backward_kernels.row_gradients, (count,), arguments | row_shape, num_warps=by_row.warps)
+        grid = (blocks, matrices, cdiv(count, segment))
+        launch_by_name(backward_kernels.weight_gradients, grid, arguments | weight_shape, num_warps=by_weight.warps)
+        launch_by_name(
+            backward_kernels.reduce_segments, (cdiv(size + hidden, 4096), E, matrices), arguments | sum_shape
+        )
+    del arguments, parts  # before more is allocated
     narrow = functools.partial(Tensor.to, dtype=x.dtype, memory_format=torch.contiguous_format)
     dw, db = dw[:, :, :size].view(matrices, E, hidden, dim), dw[:, :, size:]
     dw_gate = narrow(dw[2]) if gated else None
@@ -168,14 +165,14 @@ def _backward_on_hopper(
     arguments = arguments | {
         "tile_weights": new(tiles.count * configs.HOPPER_SLOTS), "parts": new(2, places, hidden * dim + hidden),
         "num_tiles": tiles.count, "BLOCK_M": configs.HOPPER_SLOTS, "PLACES": places,
-        "segment_tiles": triton.cdiv(tiles.count, segments),
+        "segment_tiles": cdiv(tiles.count, segments),
         **_hopper("hopper").describe_weights(arguments["w_in"], arguments["w_out"], by_row.block_n),
     }  # fmt: skip
     _hopper("hopper").launch_row_gradients(by_row, min(tiles.count, processors), arguments)
     _hopper("hopper_weights").launch_weight_gradients(by_weight, (blocks, segments), arguments)
-    backward_kernels.finish_segments[(triton.cdiv(hidden, 64) * triton.cdiv(dim, 64), E, 2)](
-        arguments["parts"], tiles.base, dw_in, dw_out, db_in, arguments["segment_tiles"], places, hidden, dim,
-        arguments["BIAS"], 64, 64,
+    launch(
+        backward_kernels.finish_segments, (cdiv(hidden, 64) * cdiv(dim, 64), E, 2), arguments["parts"], tiles.base,
+        dw_in, dw_out, db_in, arguments["segment_tiles"], places, hidden, dim, arguments["BIAS"], 64, 64,
     )  # fmt: skip
     return dw_in, dw_out, db_in
 
@@ -213,9 +210,10 @@ def _sum_slots(y: Tensor, expert_ids: Tensor, E: int) -> Tensor:
     out = y.new_empty(rows, y.shape[1])
     width = power_of_two(y.shape[1])
     block = max(1, 4096 // width)
-    forward_kernels.sum_slots[(triton.cdiv(rows, block),)](
-        y, expert_ids, out, rows, E, TOP_K=top_k, DIM=y.shape[1], WIDTH=width, BLOCK=block
-    )
+    launch(
+        forward_kernels.sum_slots, (cdiv(rows, block),), y, expert_ids, out, rows, E,
+        TOP_K=top_k, DIM=y.shape[1], WIDTH=width, BLOCK=block,
+    )  # fmt: skip
     return out
 
 
@@ -237,5 +235,6 @@ def _is_hopper(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) == (9, 0) and triton.__version__.startswith(GLUON_TRITON)
 
 
+@functools.cache  # the import system takes 5 us to find a module that is there
 def _hopper(module: str) -> Any:
     return importlib.import_module(f"vlmoe.nn.kernels.{module}")  # not at the top: it needs Gluon

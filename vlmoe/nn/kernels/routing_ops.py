@@ -1,5 +1,3 @@
-# pyright: reportCallIssue=false, reportArgumentType=false
-# (a launch takes plain values where the kernel's signature says constexpr)
 """The kernels of gate, top-k and the order of slots as `torch.library` operators with gradients.
 
 Axes: `rows` of width `dim` with `top_k` slots each; `slots` = rows * top_k; `experts`.
@@ -8,12 +6,12 @@ Axes: `rows` of width `dim` with `top_k` slots each; `slots` = rows * top_k; `ex
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from vlmoe.nn.kernels import configs, gate, routing
+from vlmoe.nn.kernels.launch import launch
 from vlmoe.nn.kernels.operator import operator, refuse_second_order
-from vlmoe.nn.kernels.tiles import persistent_programs, power_of_two
+from vlmoe.nn.kernels.tiles import cdiv, persistent_programs, power_of_two
 
 
 @operator
@@ -26,7 +24,7 @@ def top_k_softmax(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     rows, E = logits.shape
     probs, ids = _new_top_k(logits, top_k)
     block, experts = _row_block(E)
-    routing.top_k_softmax[(triton.cdiv(rows, block),)](logits, probs, ids, rows, E, top_k, experts, block)
+    launch(routing.top_k_softmax, (cdiv(rows, block),), logits, probs, ids, rows, E, top_k, experts, block)
     return probs, ids
 
 
@@ -42,9 +40,10 @@ def top_k_softmax_backward(logits: Tensor, expert_ids: Tensor, dprobs: Tensor) -
     rows, E = logits.shape
     dlogits = torch.empty_like(logits)
     block, experts = _row_block(E)
-    routing.top_k_softmax_backward[(triton.cdiv(rows, block),)](
-        logits, expert_ids, dprobs, dlogits, rows, E, expert_ids.shape[1], experts, block
-    )
+    launch(
+        routing.top_k_softmax_backward, (cdiv(rows, block),), logits, expert_ids, dprobs, dlogits, rows, E,
+        expert_ids.shape[1], experts, block,
+    )  # fmt: skip
     return dlogits
 
 
@@ -94,9 +93,10 @@ def gate_top_k(x: Tensor, weight: Tensor, top_k: int) -> tuple[Tensor, Tensor, T
     rows, dim, E = len(x), x.shape[1], len(weight)
     logits, probs, ids = _new_gate_top_k(x, weight, top_k)
     tile = configs.gate_top_k_tile(dim)
-    gate.gate_top_k[(_gate_programs(rows, tile, x.device),)](
-        x, weight, logits, probs, ids, rows, E, top_k, **_gate_constants(dim, E, tile), num_warps=tile.warps
-    )
+    launch(
+        gate.gate_top_k, (_gate_programs(rows, tile, x.device),), x, weight, logits, probs, ids, rows, E, top_k,
+        **_gate_constants(dim, E, tile), num_warps=tile.warps,
+    )  # fmt: skip
     return logits, probs, ids
 
 
@@ -126,9 +126,10 @@ def gate_top_k_backward(
     tile = configs.gate_gradients_tile(dim)
     programs = _gate_programs(rows, tile, x.device)
     parts = logits.new_empty(programs, E, dim)
-    gate.gate_gradients[(programs,)](
-        x, weight, logits, expert_ids, dprobs, dlogits, drows, dx, parts, rows, E, expert_ids.shape[1],
-        **_gate_constants(dim, E, tile), ADDS_LOGITS=adds_logits, ADDS_ROWS=adds_rows, num_warps=tile.warps,
+    launch(
+        gate.gate_gradients, (programs,), x, weight, logits, expert_ids, dprobs, dlogits, drows, dx, parts, rows, E,
+        expert_ids.shape[1], **_gate_constants(dim, E, tile), ADDS_LOGITS=adds_logits, ADDS_ROWS=adds_rows,
+        num_warps=tile.warps,
     )  # fmt: skip
     return dx, parts.sum(0).to(weight.dtype)
 
@@ -149,9 +150,10 @@ def order_slots(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     counts, constants = _counts_by_block(expert_ids, num_experts)
     blocks = counts.shape[1]
     behind = counts.flatten().cumsum(0, dtype=torch.int32).view_as(counts)
-    routing.place_slots[(blocks,)](
-        expert_ids, counts, behind, order, ends, expert_ids.numel(), num_experts, blocks, **constants
-    )
+    launch(
+        routing.place_slots, (blocks,), expert_ids, counts, behind, order, ends, expert_ids.numel(), num_experts, blocks,
+        **constants,
+    )  # fmt: skip
     return order, ends
 
 
@@ -177,15 +179,15 @@ def _counts_by_block(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, dict
     experts = power_of_two(num_experts)
     step = max(16, 4096 // experts)
     steps = max(1, 512 // step)
-    blocks = max(1, triton.cdiv(expert_ids.numel(), step * steps))
+    blocks = max(1, cdiv(expert_ids.numel(), step * steps))
     counts = expert_ids.new_empty(num_experts, blocks, dtype=torch.int32)
     constants = {"EXPERTS": experts, "STEP": step, "STEPS": steps, "num_warps": 2}
-    routing.count_slots[(blocks,)](expert_ids, counts, expert_ids.numel(), num_experts, blocks, **constants)
+    launch(routing.count_slots, (blocks,), expert_ids, counts, expert_ids.numel(), num_experts, blocks, **constants)
     return counts, constants
 
 
 def _gate_programs(rows: int, tile: configs.GateTile, device: torch.device) -> int:
-    return persistent_programs(triton.cdiv(rows, tile.block), tile.programs, device)
+    return persistent_programs(cdiv(rows, tile.block), tile.programs, device)
 
 
 def _gate_constants(dim: int, E: int, tile: configs.GateTile) -> dict[str, int]:
