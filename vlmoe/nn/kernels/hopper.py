@@ -77,9 +77,9 @@ def find_tile(tiles, tile, HALF: gl.constexpr):
 
 @gluon.jit
 def load_slots(slots, place, end, LAYOUT: gl.constexpr):
-    """The slots of this half, 0 where there are none."""
+    """The slots of this half; where there are none the expert's last, so that no other expert's rows are looked at."""
     place += gl.arange(0, HALF_ROWS, gl.SliceLayout(1, LAYOUT))
-    return gl.load(slots + place, mask=place < end, other=0)
+    return gl.load(slots + gl.minimum(place, end - 1), mask=end > 0, other=0)
 
 
 @gluon.jit
@@ -96,9 +96,9 @@ def are_slots(place, end, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def store_sum(part, weights, slot, here, dy, FIRST: gl.constexpr, WIDTH: gl.constexpr, ROWS: gl.constexpr):
+def store_sum(part, weights, slot, dy, FIRST: gl.constexpr, WIDTH: gl.constexpr, ROWS: gl.constexpr):
     """The sum of weight * dy, in which rows without a slot are 0."""
-    weighted = dy.to(gl.float32) * gl.load(weights + slot, mask=here, other=0.0)[:, None]
+    weighted = dy.to(gl.float32) * gl.load(weights + slot)[:, None]
     gl.store(part + FIRST + gl.arange(0, WIDTH, gl.SliceLayout(0, ROWS)), gl.sum(weighted, 0))
 
 
@@ -220,10 +220,10 @@ def multiply(
         dweight = gl.zeros([HALF_ROWS], gl.float32, gl.SliceLayout(1, HIDDEN_MMA))
         if BIAS:
             part = db_parts + (tile * 2 + HALF).to(gl.int64) * DIM
-            store_sum(part, weights, slot1, are_slots(place, end, ROWS1), dy_rows1, 0, D1, ROWS1)
+            store_sum(part, weights, slot1, dy_rows1, 0, D1, ROWS1)
             dweight += gl.convert_layout(times_bias(dy1, b_out + expert * DIM, D1, MMA1), dweight.type.layout)
             if D2 > 0:
-                store_sum(part, weights, slot2, are_slots(place, end, ROWS2), dy_rows2, D1, D2, ROWS2)
+                store_sum(part, weights, slot2, dy_rows2, D1, D2, ROWS2)
                 dweight += gl.convert_layout(times_bias(dy2, b_out + expert * DIM + D1, D2, MMA2), dweight.type.layout)
         gl.store(tile_weights + (tile * 2 + HALF) * HALF_ROWS + gl.arange(0, HALF_ROWS, weight.type.layout), weight)
         acc1 = gl.zeros([HALF_ROWS, D1], gl.float32, MMA1)

@@ -28,8 +28,6 @@ from vlmoe.nn.kernels.configs import HopperWeightTile
 from vlmoe.nn.kernels.hopper import add_product, barrier, wait_products
 from vlmoe.nn.kernels.launch import launch_by_name
 
-NO_ROW = gl.constexpr(0xFFFFFFFF)
-
 
 @gluon.jit
 def slots_of(tables, tile, expert, behind, BLOCK_M: gl.constexpr):
@@ -43,21 +41,19 @@ def slots_of(tables, tile, expert, behind, BLOCK_M: gl.constexpr):
 
 @gluon.jit
 def rows_of(slots, place, end, BLOCK_K: gl.constexpr, TOP_K: gl.constexpr, DIM: gl.constexpr, ROWS: gl.constexpr):
-    """Where the rows of BLOCK_K slots begin, in eights of elements, so that 32 bits do; behind `end` NO_ROW."""
-    at = gl.arange(0, BLOCK_K, gl.SliceLayout(1, ROWS))
-    inside = at < end - place
-    slot = gl.load(slots + (gl.to_tensor(place).to(gl.int64) + at.to(gl.int64)), mask=inside, other=0)
-    return gl.where(inside, slot.to(gl.uint32) // TOP_K * (DIM // 8), NO_ROW)
+    """Where the rows of BLOCK_K slots begin, in eights of elements (32 bits do); behind `end` the last again, of weight 0."""
+    at = gl.minimum(gl.arange(0, BLOCK_K, gl.SliceLayout(1, ROWS)), end - 1 - place)
+    slot = gl.load(slots + (gl.to_tensor(place).to(gl.int64) + at.to(gl.int64)))
+    return slot.to(gl.uint32) // TOP_K * (DIM // 8)
 
 
 @gluon.jit
 def copy_rows(x, dy, x_shared, dy_shared, row, FIRST: gl.constexpr, WIDTH: gl.constexpr, ROWS: gl.constexpr):
-    """Columns FIRST to FIRST + WIDTH of the rows that begin at `row`, zeros for NO_ROW, not waited for."""
+    """Columns FIRST to FIRST + WIDTH of the rows that begin at `row`, not waited for."""
     column = FIRST + gl.arange(0, WIDTH, gl.SliceLayout(0, ROWS))
     source = row.to(gl.int64)[:, None] * 8 + column[None, :]
-    inside = (row != NO_ROW)[:, None]
-    async_copy.async_copy_global_to_shared(x_shared, x + source, mask=inside)
-    async_copy.async_copy_global_to_shared(dy_shared, dy + source, mask=inside)
+    async_copy.async_copy_global_to_shared(x_shared, x + source)
+    async_copy.async_copy_global_to_shared(dy_shared, dy + source)
 
 
 @gluon.jit

@@ -5,6 +5,8 @@ from typing import Any
 
 from torch import Tensor
 
+from vlmoe.nn.kernels import INTERPRETED
+
 _variables: dict[int, int] = {}  # by kernel, how many of its parameters come before its constants
 _compiled: dict[tuple[Any, ...], Any] = {}
 
@@ -18,7 +20,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **named: Any) ->
     values = arguments
     if len(values) < len(kernel.arg_names):
         values = (*values, *[named[name] for name in kernel.arg_names[len(values) :]])
-    key = _key(kernel, values, named) if values[0].is_cuda else None  # none in Triton's interpreter
+    key = None if INTERPRETED else _key(kernel, values, named)
     compiled = _compiled.get(key) if key else None
     if compiled:
         compiled[(*grid, 1, 1)[:3]](*values)
