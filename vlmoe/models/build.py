@@ -16,7 +16,7 @@ from vlmoe.nn.budget import dense_cost, flops_parity_hidden_dim
 from vlmoe.nn.embed import ConvStem, TextEmbed, VisionEmbed
 from vlmoe.nn.experts import Experts, fastest_backend
 from vlmoe.nn.ffn import FeedForward
-from vlmoe.nn.kernels import triton_problem
+from vlmoe.nn.kernels import slower_kernels, triton_problem
 from vlmoe.nn.mhmoe import MHMoE
 from vlmoe.nn.moe import MoE
 from vlmoe.nn.multiway import PER_MODALITY, SHARED, Multiway, MultiwayFFN, NormLinear
@@ -128,6 +128,15 @@ def experts_backend(config: ModelConfig, device: torch.device, dtype: torch.dtyp
         return ffn.backend
     rows, hidden_dim = _no_rows(config, device, dtype), expert_dim(ffn, config.dim)
     return fastest_backend(rows, hidden_dim, ffn.activation, compiled=compiled)
+
+
+def describe_experts(config: ModelConfig, device: torch.device, dtype: torch.dtype, *, compiled: bool) -> str:
+    """The same, and what slows it down here."""
+    backend = experts_backend(config, device, dtype, compiled=compiled)
+    if backend != "triton":
+        return backend
+    slower = slower_kernels(_no_rows(config, device, dtype), expert_dim(config.ffn, config.dim), config.ffn.activation)
+    return f"{backend} ({slower})" if slower else backend
 
 
 def _no_rows(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Tensor:

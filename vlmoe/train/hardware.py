@@ -3,7 +3,7 @@
 import torch
 
 from vlmoe.config import ModelConfig, RunConfig
-from vlmoe.models.build import check_backend, experts_backend
+from vlmoe.models.build import check_backend, describe_experts
 
 
 def precision(config: RunConfig, device: torch.device) -> str:
@@ -39,8 +39,8 @@ def describe_hardware(config: RunConfig, device: torch.device, world_size: int) 
     model = getattr(config, "model", None)
     if not isinstance(model, ModelConfig):
         return found
-    backend = experts_backend(model, device, _product_dtype(config, device), compiled=config.compile)
-    return f"{found}, experts on {backend}" if backend else found
+    experts = describe_experts(model, device, _product_dtype(config, device), compiled=config.compile)
+    return f"{found}, experts on {experts}" if experts else found
 
 
 def _product_dtype(config: RunConfig, device: torch.device) -> torch.dtype:

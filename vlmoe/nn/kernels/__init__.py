@@ -5,6 +5,7 @@ Triton is imported with the first call: it is not there on every machine that th
 Axes: `rows` with `top_k` slots each, `dim` of a row, `experts`, `hidden`.
 """
 
+import functools
 import importlib.util
 import os
 from typing import TYPE_CHECKING
@@ -21,6 +22,7 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 LEAST_SHARED, AMPERE_SHARED = 227 << 10, 99 << 10  # bytes per block
 HEAD_DIMS = (16, 32, 64)  # of `attention_ops`; wider heads would need other tiles
 LONGEST_ROW = 8192  # of a norm, in registers
+GLUON_TRITON = "3.6."  # of the kernels for Hopper: Gluon is not stable yet; add another when tests/gpu passed on it
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton then runs kernels on the CPU, slowly
 
 
@@ -62,6 +64,24 @@ def triton_problem(x: Float[Tensor, "rows dim"], hidden_dim: int) -> str | None:
     if hidden_dim % 16:
         return f"backend 'triton' needs a hidden_dim that is a multiple of 16, not {hidden_dim}; use 'grouped'"
     return None
+
+
+def slower_kernels(x: Float[Tensor, "rows dim"], hidden_dim: int, activation: str) -> str | None:
+    """Why the backend "triton" is slower on this GPU than it could be, or None."""
+    from vlmoe.nn.kernels.configs import hopper_row_gradients_tile
+
+    if activation == "swiglu" or hopper_row_gradients_tile(x.shape[1], hidden_dim) is None or not is_hopper(x.device):
+        return None
+    import triton
+
+    if triton.__version__.startswith(GLUON_TRITON):
+        return None
+    return f"portable kernels; those for Hopper run with Triton {GLUON_TRITON}*, which torch 2.11 has, not {triton.__version__}"
+
+
+@functools.cache
+def is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
 
 
 def product_dtype(x: Tensor) -> torch.dtype:

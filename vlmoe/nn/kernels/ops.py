@@ -11,14 +11,12 @@ import torch
 import triton
 from torch import Tensor
 
-from vlmoe.nn.kernels import configs
+from vlmoe.nn.kernels import GLUON_TRITON, configs, is_hopper
 from vlmoe.nn.kernels import expert_mlp as forward_kernels
 from vlmoe.nn.kernels import expert_mlp_backward as backward_kernels
 from vlmoe.nn.kernels.launch import launch, launch_by_name
 from vlmoe.nn.kernels.operator import aligned, operator, refuse_second_order
 from vlmoe.nn.kernels.tiles import Tiles, cdiv, cut, multiprocessors, power_of_two
-
-GLUON_TRITON = "3.6."  # add another when tests/gpu passed on it
 
 
 @operator
@@ -226,13 +224,7 @@ def _aligned_bank(
 
 def _runs_on_hopper(x: Tensor, activation: str) -> bool:
     """Whether the kernels of `hopper` can run here."""
-    return activation != "swiglu" and x.is_cuda and _is_hopper(x.device)
-
-
-@functools.cache
-def _is_hopper(device: torch.device) -> bool:
-    """A Hopper GPU, and the Triton that the kernels in Gluon ran on: Gluon is not stable yet."""
-    return torch.cuda.get_device_capability(device) == (9, 0) and triton.__version__.startswith(GLUON_TRITON)
+    return activation != "swiglu" and is_hopper(x.device) and triton.__version__.startswith(GLUON_TRITON)
 
 
 @functools.cache  # the import system takes 5 us to find a module that is there
