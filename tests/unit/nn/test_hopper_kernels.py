@@ -88,7 +88,7 @@ def test_they_compile_for_hopper(
         compiled(hopper.row_gradients, shape | hopper.constants(by_row), matrices(by_row.block_n), dtype, tmp_path),
         compiled(
             hopper_weights.weight_gradients,
-            shape | hopper_weights.constants(by_weight) | {"PLACES": 54, "BLOCK_M": configs.HOPPER_SLOTS},
+            shape | hopper_weights.constants(by_weight) | {"PLACES": 54, "BLOCK_M": configs.tile_slots(dim)},
             matrices(by_weight.block_f),
             dtype,
             tmp_path,

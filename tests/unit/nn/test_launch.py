@@ -99,9 +99,10 @@ def zeros(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 def experts_backward() -> list[Any]:
     E, hidden, dim, rows = 4, 64, 32, 48
     bank = zeros(E, hidden, dim), zeros(E, dim, hidden), zeros(E, hidden), zeros(E, dim), None, None
-    slots, ends = zeros(2 * rows, dtype=torch.int32), zeros(E, dtype=torch.int32)
+    slots, ends, base = (zeros(size, dtype=torch.int32) for size in (2 * rows, E, E + 1))
+    tiles = zeros(E, dtype=torch.int32), zeros(E, dtype=torch.int32), base
     weights, expert_ids = zeros(rows, 2, dtype=torch.float32), zeros(rows, 2, dtype=torch.int64)
-    return [zeros(rows, dim), zeros(rows, dim), expert_ids, weights, slots, ends, *bank, "gelu"]
+    return [zeros(rows, dim), *tiles, zeros(rows, dim), expert_ids, weights, slots, ends, *bank, "gelu"]
 
 
 def norm_of_nothing_added() -> list[Any]:

@@ -43,10 +43,11 @@ def triton_experts(
     from vlmoe.nn.kernels import ops, routing_ops
 
     order, ends = routing_ops.order_slots(expert_ids, len(bank.w_in))
-    return ops.expert_mlp(
+    y, *_ = ops.expert_mlp(
         x, expert_ids, weights, order, ends, bank.w_in, bank.w_out, bank.b_in, bank.b_out, bank.w_gate, bank.b_gate,
         activation,
     )  # fmt: skip
+    return y
 
 
 def triton_problem(x: Float[Tensor, "rows dim"], hidden_dim: int) -> str | None:

@@ -4,7 +4,6 @@ from typing import NamedTuple
 
 
 class Tile(NamedTuple):
-    block_m: int  # slots
     block_n: int  # hidden columns per step
     warps: int
     stages: int  # depth of the load pipeline
@@ -44,7 +43,6 @@ class Split(NamedTuple):
     second: int  # 0: none
 
 
-HOPPER_SLOTS = 128  # of a tile there
 CHUNK_BYTES = 160 << 20  # buffer of the backward pass; a chunk is at least one tile per multiprocessor
 
 
@@ -61,24 +59,29 @@ def widths(dim: int) -> dict[str, int]:
     return {"DIM": dim, "D1": first, "D2": second}
 
 
+def tile_slots(dim: int) -> int:
+    """Slots of a tile, forward and backward; the kernels for Hopper take 128."""
+    return 128 if dim <= 256 else 64
+
+
 def forward_tile(dim: int, gated: bool) -> Tile:
     if dim > 256:
-        return Tile(64, 32, 4, 2)
+        return Tile(32, 4, 2)
     if gated and dim > 128:
-        return Tile(128, 32, 8, 3)
+        return Tile(32, 8, 3)
     if dim <= 128 and not gated:
-        return Tile(128, 64, 4, 2)
-    return Tile(128, 64, 8, 3 if dim <= 192 and not gated else 2)
+        return Tile(64, 4, 2)
+    return Tile(64, 8, 3 if dim <= 192 and not gated else 2)
 
 
 def row_gradients_tile(dim: int, gated: bool) -> Tile:
     if dim > 256:
-        return Tile(64, 32, 4, 1)
+        return Tile(32, 4, 1)
     if gated and dim > 128:
-        return Tile(128, 32 if dim <= 192 else 16, 8, 2)
+        return Tile(32 if dim <= 192 else 16, 8, 2)
     if dim <= 128:
-        return Tile(128, 32 if gated else 64, 8, 3)
-    return Tile(128, 32, 8, 3 if dim <= 192 else 2)
+        return Tile(32 if gated else 64, 8, 3)
+    return Tile(32, 8, 3 if dim <= 192 else 2)
 
 
 def weight_gradients_tile(dim: int) -> WeightTile:
@@ -90,7 +93,7 @@ def weight_gradients_tile(dim: int) -> WeightTile:
 
 
 def hopper_row_gradients_tile(dim: int, hidden: int) -> HopperTile | None:
-    """For the kernel of `hopper`, whose tiles have HOPPER_SLOTS; None: it does not run these widths."""
+    """For the kernel of `hopper`; None: it does not run these widths."""
     tiles = {128: HopperTile(64, 4, 4), 192: HopperTile(64, 3, 2), 256: HopperTile(64, 2, 1)}
     return None if hidden % 64 else tiles.get(dim)
 

@@ -16,7 +16,7 @@ from vlmoe.nn.kernels import expert_mlp as forward_kernels
 from vlmoe.nn.kernels import expert_mlp_backward as backward_kernels
 from vlmoe.nn.kernels.launch import launch, launch_by_name
 from vlmoe.nn.kernels.operator import aligned, operator, refuse_second_order
-from vlmoe.nn.kernels.tiles import Tiles, cdiv, cut, multiprocessors, power_of_two
+from vlmoe.nn.kernels.tiles import Tiles, cdiv, cut, find_tiles, multiprocessors, new_tiles, power_of_two
 
 
 @operator
@@ -33,13 +33,14 @@ def expert_mlp(
     w_gate: Tensor | None,
     b_gate: Tensor | None,
     activation: str,
-) -> Tensor:
-    """y [rows, dim] = sum over each row's slots of weight * f(row); `order` and `ends` are those of `order_slots`."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y [rows, dim] = sum over each row's slots of weight * f(row), and the `Tiles`, for the backward pass; `order` and `ends`
+    are those of `order_slots`."""
     x, expert_ids, weights = aligned(x), expert_ids.contiguous(), weights.contiguous()
     bank = _aligned_bank(w_in, w_out, w_gate, b_in, b_out, b_gate)
     E, hidden, dim = w_in.shape
     tile, bias, top_k = configs.forward_tile(dim, w_gate is not None), b_in is not None, expert_ids.shape[1]
-    tiles = Tiles(ends, expert_ids.numel(), tile.block_m)
+    tiles = find_tiles(ends, expert_ids.numel(), configs.tile_slots(dim))
     at = (order, ends, tiles.expert, tiles.place)
     y = x.new_empty(expert_ids.numel(), dim)
     hopper_tile = configs.hopper_forward_tile(dim, hidden)
@@ -49,21 +50,27 @@ def expert_mlp(
         )
     else:
         launch(
-            forward_kernels.forward, (tiles.count,), x, *at, weights, *bank, y, E,
+            forward_kernels.forward, (len(tiles.expert),), x, *at, weights, *bank, y, E,
             TOP_K=top_k, HIDDEN=hidden, **configs.widths(dim), BIAS=bias, ACTIVATION=activation,
-            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, STAGES=tile.stages, num_warps=tile.warps,
+            BLOCK_M=configs.tile_slots(dim), BLOCK_N=tile.block_n, STAGES=tile.stages, num_warps=tile.warps,
         )  # fmt: skip
-    return _sum_slots(y, expert_ids, E)
+    return _sum_slots(y, expert_ids, E), tiles.expert, tiles.place, tiles.base
 
 
 @torch.library.register_fake(expert_mlp)
-def _(x: Tensor, *others: Any) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+def _(
+    x: Tensor, expert_ids: Tensor, weights: Tensor, order: Tensor, ends: Tensor, *others: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    tiles = new_tiles(ends, expert_ids.shape[0] * expert_ids.shape[1], configs.tile_slots(x.shape[1]))
+    return torch.empty_like(x, memory_format=torch.contiguous_format), tiles.expert, tiles.place, tiles.base
 
 
 @operator
 def expert_mlp_backward(
     dy: Tensor,
+    tile_expert: Tensor,
+    tile_place: Tensor,
+    tile_base: Tensor,
     x: Tensor,
     expert_ids: Tensor,
     weights: Tensor,
@@ -83,19 +90,16 @@ def expert_mlp_backward(
     E, hidden, dim = w_in.shape
     bias, slots = b_in is not None, expert_ids.numel()
     hopper_tile = configs.hopper_row_gradients_tile(dim, hidden) if _runs_on_hopper(x, activation) else None
-    tiles = Tiles(
-        ends,
-        slots,
-        configs.HOPPER_SLOTS if hopper_tile else configs.row_gradients_tile(dim, w_gate is not None).block_m,
-    )
+    tiles = Tiles(tile_expert, tile_place, tile_base)
     dx_slots, dweights = x.new_empty(slots, dim), torch.zeros_like(weights)
     db_parts_per_tile = 1 if hopper_tile is None else 2
-    db_out_parts = weights.new_empty(tiles.count * db_parts_per_tile if bias else 0, dim)
+    db_out_parts = weights.new_empty(len(tile_expert) * db_parts_per_tile if bias else 0, dim)
     arguments = {
-        "x": x, "dy": dy, "slots": order, "ends": ends, "tile_expert": tiles.expert, "tile_place": tiles.place,
-        "tile_base": tiles.base, "weights": weights, "dx": dx_slots, "dweights": dweights, "bias_parts": db_out_parts,
+        "x": x, "dy": dy, "slots": order, "ends": ends, "tile_expert": tile_expert, "tile_place": tile_place,
+        "tile_base": tile_base, "weights": weights, "dx": dx_slots, "dweights": dweights, "bias_parts": db_out_parts,
         **dict(zip(("w_in", "w_out", "w_gate", "b_in", "b_out", "b_gate"), bank, strict=True)),
         "E": E, "TOP_K": expert_ids.shape[1], "HIDDEN": hidden, **configs.widths(dim), "BIAS": bias, "ACTIVATION": activation,
+        "BLOCK_M": configs.tile_slots(dim),
     }  # fmt: skip
     if hopper_tile is None:
         dw_in, dw_out, dw_gate, db_in, db_gate = _backward_in_chunks(arguments, tiles, w_gate is not None)
@@ -106,7 +110,7 @@ def expert_mlp_backward(
     if bias:
         db_out = x.new_empty(E, dim)
         grid = (E, cdiv(dim, 32))
-        launch(backward_kernels.sum_tiles, grid, db_out_parts, db_out, tiles.base, dim, db_parts_per_tile, 64, 32)
+        launch(backward_kernels.sum_tiles, grid, db_out_parts, db_out, tile_base, dim, db_parts_per_tile, 64, 32)
         gradients += [db_in, db_out, db_gate]
     return [each for each in gradients if each is not None]
 
@@ -118,22 +122,20 @@ def _backward_in_chunks(arguments: dict[str, Any], tiles: Tiles, gated: bool) ->
     matrices, bias = 3 if gated else 2, arguments["BIAS"]
     by_row, by_weight = configs.row_gradients_tile(dim, gated), configs.weight_gradients_tile(dim)
     blocks = cdiv(hidden, by_weight.block_f)
-    chunk, segment, places = cut(
-        tiles, by_row.block_m * hidden * matrices * x.element_size(), blocks * matrices, x.device
-    )
-    chunk_rows, size = chunk * by_row.block_m, hidden * dim
+    block_m, total = arguments["BLOCK_M"], len(tiles.expert)
+    chunk, segment, places = cut(tiles, block_m * hidden * matrices * x.element_size(), blocks * matrices, x.device)
+    chunk_rows, size = chunk * block_m, hidden * dim
     weights = arguments["weights"]
     parts, dw = weights.new_empty(matrices, places, size + hidden), weights.new_zeros(matrices, E, size + hidden)
     arguments = arguments | {
         "hiddens": x.new_empty(matrices, chunk_rows, hidden), "gathered": x.new_empty(2, chunk_rows, dim),
-        "chunk_rows": chunk_rows, "parts": parts, "total": dw, "BLOCK_M": by_row.block_m, "segment_tiles": segment,
-        "PLACES": places,
+        "chunk_rows": chunk_rows, "parts": parts, "total": dw, "segment_tiles": segment, "PLACES": places,
     }  # fmt: skip
     row_shape = {"BLOCK_N": by_row.block_n, "STAGES": by_row.stages}
     weight_shape = {"BLOCK_F": by_weight.block_f, "BLOCK_K": by_weight.block_k, "STAGES": by_weight.stages}
     sum_shape = {"SIZE": size + hidden if bias else size, "STRIDE": size + hidden, "BLOCK": 4096}
-    for first in range(0, tiles.count, chunk):
-        count = min(chunk, tiles.count - first)
+    for first in range(0, total, chunk):
+        count = min(chunk, total - first)
         arguments |= {"first_tile": first, "num_tiles": count}
         launch_by_name(backward_kernels.row_gradients, (count,), arguments | row_shape, num_warps=by_row.warps)
         grid = (blocks, matrices, cdiv(count, segment))
@@ -158,15 +160,14 @@ def _backward_on_hopper(
     by_weight = configs.hopper_weight_gradients_tile(dim)
     blocks, processors = hidden // by_weight.block_f, multiprocessors(x.device)
     segments = configs.segments(blocks, processors)
-    places, new = segments + E, arguments["weights"].new_empty
+    count, places, new = len(tiles.expert), segments + E, arguments["weights"].new_empty
     dw_in, dw_out, db_in = torch.empty_like(w_in), x.new_empty(E, dim, hidden), x.new_empty(E, hidden)
     arguments = arguments | {
-        "tile_weights": new(tiles.count * configs.HOPPER_SLOTS), "parts": new(2, places, hidden * dim + hidden),
-        "num_tiles": tiles.count, "BLOCK_M": configs.HOPPER_SLOTS, "PLACES": places,
-        "segment_tiles": cdiv(tiles.count, segments),
+        "tile_weights": new(count * arguments["BLOCK_M"]), "parts": new(2, places, hidden * dim + hidden),
+        "num_tiles": count, "PLACES": places, "segment_tiles": cdiv(count, segments),
         **_hopper("hopper").describe_weights(arguments["w_in"], arguments["w_out"], by_row.block_n),
     }  # fmt: skip
-    _hopper("hopper").launch_row_gradients(by_row, min(tiles.count, processors), arguments)
+    _hopper("hopper").launch_row_gradients(by_row, min(count, processors), arguments)
     _hopper("hopper_weights").launch_weight_gradients(by_weight, (blocks, segments), arguments)
     launch(
         backward_kernels.finish_segments, (cdiv(hidden, 64) * cdiv(dim, 64), E, 2), arguments["parts"], tiles.base,
@@ -177,23 +178,25 @@ def _backward_on_hopper(
 
 @torch.library.register_fake(expert_mlp_backward)
 def _(
-    dy: Tensor, x: Tensor, expert_ids: Tensor, weights: Tensor, order: Tensor, ends: Tensor, w_in: Tensor,
-    w_out: Tensor, b_in: Tensor | None, b_out: Tensor | None, w_gate: Tensor | None, b_gate: Tensor | None,
-    activation: str,
+    dy: Tensor, tile_expert: Tensor, tile_place: Tensor, tile_base: Tensor, x: Tensor, expert_ids: Tensor,
+    weights: Tensor, order: Tensor, ends: Tensor, w_in: Tensor, w_out: Tensor, b_in: Tensor | None,
+    b_out: Tensor | None, w_gate: Tensor | None, b_gate: Tensor | None, activation: str,
 ) -> list[Tensor]:  # fmt: skip
     like = [x, weights, w_in, w_out, w_gate, b_in, b_out, b_gate if b_in is not None else None]
     return [torch.empty_like(each, memory_format=torch.contiguous_format) for each in like if each is not None]
 
 
-def _save_expert_mlp(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _save_expert_mlp(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, ctx.activation = inputs
-    ctx.save_for_backward(*tensors)
+    _, *tiles = output
+    ctx.save_for_backward(*tiles, *tensors)
+    ctx.mark_non_differentiable(*tiles)
 
 
-def _expert_mlp_gradient(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+def _expert_mlp_gradient(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     refuse_second_order()
     saved = ctx.saved_tensors  # once: checkpointing recomputes at the first access and refuses a second
-    b_in, b_out, w_gate, b_gate = saved[7:]
+    b_in, b_out, w_gate, b_gate = saved[10:]
     left = iter(expert_mlp_backward(dy, *saved, ctx.activation))
     dx, dweights, dw_in, dw_out = (next(left) for _ in range(4))
     dw_gate, db_in, db_out, db_gate = (None if each is None else next(left) for each in (w_gate, b_in, b_out, b_gate))

@@ -1,6 +1,7 @@
 """Tiles of slots: where they stand, and how many of them a kernel works on at a time."""
 
 import functools
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,20 +11,29 @@ from vlmoe.nn.kernels import expert_mlp as forward_kernels
 from vlmoe.nn.kernels.launch import launch
 
 
-class Tiles:
-    """Where each tile of `block_m` slots stands, for at most `count` tiles: known without asking the device."""
+class Tiles(NamedTuple):
+    """Where each tile of slots stands, for at most `len(expert)` tiles: known without asking the device."""
 
-    def __init__(self, ends: Tensor, slots: int, block_m: int) -> None:
-        E = len(ends)
-        self.count = slots // block_m + E
-        self.expert, self.place = ends.new_empty(self.count), ends.new_empty(self.count)
-        self.base = ends.new_empty(E + 1)
-        experts = power_of_two(E)
-        block = max(16, 4096 // experts)
-        launch(
-            forward_kernels.tile_table, (cdiv(self.count, block),), ends, self.expert, self.place, self.base,
-            self.count, E, EXPERTS=experts, BLOCK_M=block_m, BLOCK=block,
-        )  # fmt: skip
+    expert: Tensor
+    place: Tensor
+    base: Tensor
+
+
+def new_tiles(ends: Tensor, slots: int, block_m: int) -> Tiles:
+    """Of `block_m` slots each, not filled in."""
+    E = len(ends)
+    return Tiles(*(ends.new_empty(size) for size in (slots // block_m + E, slots // block_m + E, E + 1)))
+
+
+def find_tiles(ends: Tensor, slots: int, block_m: int) -> Tiles:
+    tiles, E = new_tiles(ends, slots, block_m), len(ends)
+    experts, count = power_of_two(E), len(tiles.expert)
+    block = max(16, 4096 // experts)
+    launch(
+        forward_kernels.tile_table, (cdiv(count, block),), ends, *tiles, count, E, EXPERTS=experts, BLOCK_M=block_m,
+        BLOCK=block,
+    )  # fmt: skip
+    return tiles
 
 
 def cut(tiles: Tiles, tile_bytes: int, programs: int, device: torch.device) -> tuple[int, int, int]:
@@ -32,7 +42,7 @@ def cut(tiles: Tiles, tile_bytes: int, programs: int, device: torch.device) -> t
     Chunks are whole waves of tiles, and segments as many as fill one wave.
     """
     wave = multiprocessors(device)
-    chunk = min(tiles.count, wave * max(1, configs.CHUNK_BYTES // (wave * tile_bytes)))
+    chunk = min(len(tiles.expert), wave * max(1, configs.CHUNK_BYTES // (wave * tile_bytes)))
     segments = max(1, wave // programs)
     E = len(tiles.base) - 1  # a part's place is segment + expert, counted from the chunk's first one, empty ones too
     return chunk, cdiv(chunk, segments), segments + E
