@@ -7,7 +7,7 @@ from torch import Tensor
 
 from vlmoe.nn.kernels import INTERPRETED
 
-_variables: dict[int, int] = {}  # by kernel, how many of its parameters come before its constants
+_kernels: dict[int, tuple[int, Any]] = {}  # by id: how many parameters come before the constants
 _compiled: dict[tuple[Any, ...], Any] = {}
 
 
@@ -41,7 +41,7 @@ def _key(kernel: Any, values: Sequence[Any], options: dict[str, Any]) -> tuple[A
     None if not all pointers are multiples of 16 bytes: such a launch is left to Triton.
     """
     get = options.get
-    count = _variables.get(id(kernel)) or _count_variables(kernel)
+    count, _ = _kernels.get(id(kernel)) or _look_at(kernel)
     key = [id(kernel), values[0].get_device(), get("num_warps"), get("num_stages"), get("maxnreg"), *values[count:]]
     addresses = 0
     for value in values[:count]:
@@ -58,9 +58,10 @@ def _key(kernel: Any, values: Sequence[Any], options: dict[str, Any]) -> tuple[A
     return None if addresses % 16 else tuple(key)
 
 
-def _count_variables(kernel: Any) -> int:
+def _look_at(kernel: Any) -> tuple[int, Any]:
     are_constants = [each.is_constexpr for each in kernel.params]
-    count = _variables[id(kernel)] = are_constants.index(True)
+    count = are_constants.index(True)
     if not all(are_constants[count:]):
         raise TypeError(f"the constants of the kernel {kernel.__name__} are not its last parameters")
-    return count
+    _kernels[id(kernel)] = count, kernel  # its id is then no other's
+    return _kernels[id(kernel)]
