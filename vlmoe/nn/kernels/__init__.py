@@ -71,13 +71,26 @@ def slower_kernels(x: Float[Tensor, "rows dim"], hidden_dim: int, activation: st
     """Why the backend "triton" is slower on this GPU than it could be, or None."""
     from vlmoe.nn.kernels.configs import hopper_row_gradients_tile
 
-    if activation == "swiglu" or hopper_row_gradients_tile(x.shape[1], hidden_dim) is None or not is_hopper(x.device):
+    if (
+        not suits_hopper(x, activation)
+        or hopper_row_gradients_tile(x.shape[1], hidden_dim) is None
+        or has_known_gluon()
+    ):
         return None
     import triton
 
-    if triton.__version__.startswith(GLUON_TRITON):
-        return None
     return f"portable kernels; those for Hopper run with Triton {GLUON_TRITON}*, which torch 2.11 has, not {triton.__version__}"
+
+
+def suits_hopper(x: Float[Tensor, "rows dim"], activation: str) -> bool:
+    """Whether there are kernels for Hopper of this activation, and x is on such a GPU."""
+    return activation != "swiglu" and is_hopper(x.device)
+
+
+def has_known_gluon() -> bool:
+    import triton
+
+    return triton.__version__.startswith(GLUON_TRITON)
 
 
 @functools.cache

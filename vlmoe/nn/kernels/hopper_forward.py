@@ -4,6 +4,9 @@
 Axes as there. Nothing but x stays in shared memory, so blocks of hidden columns can be wide.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -14,7 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from vlmoe.nn.kernels.activations import activate
-from vlmoe.nn.kernels.configs import HopperTile, widths
+from vlmoe.nn.kernels.configs import HopperTile
 from vlmoe.nn.kernels.hopper import (
     HALF_ROWS,
     are_slots,
@@ -27,8 +30,7 @@ from vlmoe.nn.kernels.hopper import (
     store_slots,
     stream_weights,
 )
-from vlmoe.nn.kernels.launch import launch
-from vlmoe.nn.kernels.tiles import multiprocessors
+from vlmoe.nn.kernels.launch import launch_by_name
 
 
 @gluon.jit
@@ -170,27 +172,7 @@ def forward(
     )  # fmt: skip
 
 
-def launch_forward(
-    tile: HopperTile,
-    x,
-    slots,
-    ends,
-    tile_expert,
-    tile_place,
-    tile_base,
-    weights,
-    bank,
-    y,
-    top_k: int,
-    bias: bool,
-    activation: str,
-) -> None:
-    """`forward` for all tiles, one program per multiprocessor; `bank` in the other kernels' order."""
-    w_in, w_out, _, b_in, b_out, _ = bank
-    E, hidden, dim = w_in.shape
-    programs = min(len(tile_expert), multiprocessors(x.device))
-    launch(
-        forward, (programs,), x, slots, ends, tile_expert, tile_place, tile_base, weights, b_in, b_out,
-        **describe_weights(w_in, w_out, tile.block_n), y=y, E=E, TOP_K=top_k, HIDDEN=hidden, **widths(dim), BIAS=bias,
-        ACTIVATION=activation, **constants(tile), num_warps=4,
-    )  # fmt: skip
+def launch_forward(tile: HopperTile, programs: int, arguments: Mapping[str, Any]) -> None:
+    """`arguments` by the names of the portable kernel and of this one."""
+    described = describe_weights(arguments["w_in"], arguments["w_out"], tile.block_n)
+    launch_by_name(forward, (programs,), {**arguments, **described, **constants(tile)}, num_warps=4)

@@ -63,5 +63,5 @@ def _look_at(kernel: Any) -> tuple[int, Any]:
     count = are_constants.index(True)
     if not all(are_constants[count:]):
         raise TypeError(f"the constants of the kernel {kernel.__name__} are not its last parameters")
-    _kernels[id(kernel)] = count, kernel  # its id is then no other's
-    return _kernels[id(kernel)]
+    found = _kernels[id(kernel)] = count, kernel  # its id is then no other's
+    return found

@@ -8,15 +8,16 @@ import importlib
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
-from vlmoe.nn.kernels import GLUON_TRITON, configs, is_hopper
+from vlmoe.nn.kernels import configs, has_known_gluon, suits_hopper
 from vlmoe.nn.kernels import expert_mlp as forward_kernels
 from vlmoe.nn.kernels import expert_mlp_backward as backward_kernels
 from vlmoe.nn.kernels.launch import launch, launch_by_name
 from vlmoe.nn.kernels.operator import aligned, operator, refuse_second_order
 from vlmoe.nn.kernels.tiles import Tiles, cdiv, cut, find_tiles, multiprocessors, new_tiles, power_of_two
+
+BANK = ("w_in", "w_out", "w_gate", "b_in", "b_out", "b_gate")  # as kernels name what an expert has
 
 
 @operator
@@ -37,23 +38,18 @@ def expert_mlp(
     """y [rows, dim] = sum over each row's slots of weight * f(row), and the `Tiles`, for the backward pass; `order` and `ends`
     are those of `order_slots`."""
     x, expert_ids, weights = aligned(x), expert_ids.contiguous(), weights.contiguous()
-    bank = _aligned_bank(w_in, w_out, w_gate, b_in, b_out, b_gate)
     E, hidden, dim = w_in.shape
-    tile, bias, top_k = configs.forward_tile(dim, w_gate is not None), b_in is not None, expert_ids.shape[1]
     tiles = find_tiles(ends, expert_ids.numel(), configs.tile_slots(dim))
-    at = (order, ends, tiles.expert, tiles.place)
-    y = x.new_empty(expert_ids.numel(), dim)
-    hopper_tile = configs.hopper_forward_tile(dim, hidden)
-    if hopper_tile is not None and _runs_on_hopper(x, activation):
-        _hopper("hopper_forward").launch_forward(
-            hopper_tile, x, *at, tiles.base, weights, bank, y, top_k, bias, activation
-        )
+    y, count = x.new_empty(expert_ids.numel(), dim), len(tiles.expert)
+    bank = (w_in, w_out, w_gate, b_in, b_out, b_gate)
+    arguments = _by_name(x, weights, order, ends, tiles, bank, activation) | {"y": y}
+    hopper_tile = configs.hopper_forward_tile(dim, hidden) if _runs_on_hopper(x, activation) else None
+    if hopper_tile is not None:
+        _hopper("hopper_forward").launch_forward(hopper_tile, min(count, multiprocessors(x.device)), arguments)
     else:
-        launch(
-            forward_kernels.forward, (len(tiles.expert),), x, *at, weights, *bank, y, E,
-            TOP_K=top_k, HIDDEN=hidden, **configs.widths(dim), BIAS=bias, ACTIVATION=activation,
-            BLOCK_M=configs.tile_slots(dim), BLOCK_N=tile.block_n, STAGES=tile.stages, num_warps=tile.warps,
-        )  # fmt: skip
+        tile = configs.forward_tile(dim, w_gate is not None)
+        arguments |= {"BLOCK_N": tile.block_n, "STAGES": tile.stages}
+        launch_by_name(forward_kernels.forward, (count,), arguments, num_warps=tile.warps)
     return _sum_slots(y, expert_ids, E), tiles.expert, tiles.place, tiles.base
 
 
@@ -86,7 +82,6 @@ def expert_mlp_backward(
 ) -> list[Tensor]:
     """Gradients of x, weights, w_in, w_out, then w_gate, then b_in, b_out and b_gate, as far as these are there."""
     dy, x, expert_ids, weights = aligned(dy), aligned(x), expert_ids.contiguous(), weights.contiguous()
-    bank = _aligned_bank(w_in, w_out, w_gate, b_in, b_out, b_gate)
     E, hidden, dim = w_in.shape
     bias, slots = b_in is not None, expert_ids.numel()
     hopper_tile = configs.hopper_row_gradients_tile(dim, hidden) if _runs_on_hopper(x, activation) else None
@@ -94,13 +89,8 @@ def expert_mlp_backward(
     dx_slots, dweights = x.new_empty(slots, dim), torch.zeros_like(weights)
     db_parts_per_tile = 1 if hopper_tile is None else 2
     db_out_parts = weights.new_empty(len(tile_expert) * db_parts_per_tile if bias else 0, dim)
-    arguments = {
-        "x": x, "dy": dy, "slots": order, "ends": ends, "tile_expert": tile_expert, "tile_place": tile_place,
-        "tile_base": tile_base, "weights": weights, "dx": dx_slots, "dweights": dweights, "bias_parts": db_out_parts,
-        **dict(zip(("w_in", "w_out", "w_gate", "b_in", "b_out", "b_gate"), bank, strict=True)),
-        "E": E, "TOP_K": expert_ids.shape[1], "HIDDEN": hidden, **configs.widths(dim), "BIAS": bias, "ACTIVATION": activation,
-        "BLOCK_M": configs.tile_slots(dim),
-    }  # fmt: skip
+    arguments = _by_name(x, weights, order, ends, tiles, (w_in, w_out, w_gate, b_in, b_out, b_gate), activation)
+    arguments |= {"dy": dy, "dx": dx_slots, "dweights": dweights, "bias_parts": db_out_parts}
     if hopper_tile is None:
         dw_in, dw_out, dw_gate, db_in, db_gate = _backward_in_chunks(arguments, tiles, w_gate is not None)
     else:
@@ -165,7 +155,7 @@ def _backward_on_hopper(
     arguments = arguments | {
         "tile_weights": new(count * arguments["BLOCK_M"]), "parts": new(2, places, hidden * dim + hidden),
         "num_tiles": count, "PLACES": places, "segment_tiles": cdiv(count, segments),
-        **_hopper("hopper").describe_weights(arguments["w_in"], arguments["w_out"], by_row.block_n),
+        **_hopper("hopper").describe_weights(w_in, arguments["w_out"], by_row.block_n),
     }  # fmt: skip
     _hopper("hopper").launch_row_gradients(by_row, min(count, processors), arguments)
     _hopper("hopper_weights").launch_weight_gradients(by_weight, (blocks, segments), arguments)
@@ -218,16 +208,31 @@ def _sum_slots(y: Tensor, expert_ids: Tensor, E: int) -> Tensor:
     return out
 
 
-def _aligned_bank(
-    w_in: Tensor, w_out: Tensor, w_gate: Tensor | None, b_in: Tensor | None, b_out: Tensor | None, b_gate: Tensor | None
-) -> list[Tensor]:
-    """In the kernels' order; one that is not there is never read, and `w_in` stands in its place."""
-    return [aligned(w_in if each is None else each) for each in (w_in, w_out, w_gate, b_in, b_out, b_gate)]
+def _by_name(
+    x: Tensor,
+    weights: Tensor,
+    order: Tensor,
+    ends: Tensor,
+    tiles: Tiles,
+    bank: tuple[Tensor | None, ...],
+    activation: str,
+) -> dict[str, Any]:
+    """What kernels of both passes are told, by the names of their parameters. A part of the bank that is not there is never
+    read, and `w_in` stands in its place."""
+    w_in, b_in = bank[0], bank[3]
+    assert w_in is not None
+    E, hidden, dim = w_in.shape
+    return {
+        "x": x, "weights": weights, "slots": order, "ends": ends, "tile_expert": tiles.expert, "tile_place": tiles.place,
+        "tile_base": tiles.base, **{name: aligned(w_in if w is None else w) for name, w in zip(BANK, bank, strict=True)},
+        "E": E, "TOP_K": weights.shape[1], "HIDDEN": hidden, **configs.widths(dim), "BIAS": b_in is not None,
+        "ACTIVATION": activation, "BLOCK_M": configs.tile_slots(dim),
+    }  # fmt: skip
 
 
 def _runs_on_hopper(x: Tensor, activation: str) -> bool:
     """Whether the kernels of `hopper` can run here."""
-    return activation != "swiglu" and is_hopper(x.device) and triton.__version__.startswith(GLUON_TRITON)
+    return suits_hopper(x, activation) and has_known_gluon()
 
 
 @functools.cache  # the import system takes 5 us to find a module that is there
