@@ -1,9 +1,12 @@
 """The Gluon kernels, which no interpreter runs, compiled for Hopper without a GPU: with the Triton that is installed here, into
-the shared memory that a block can have, and without ptxas putting products one after another.
+the shared memory that a block can have, without ptxas putting products one after another, and with a barrier of a warpgroup
+before each of its arrivals.
 
 `tests/gpu/test_gpu_kernels.py` runs them.
 """
 
+import itertools
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -29,8 +32,8 @@ SERIALIZED = "C7512", "C7515"  # ptxas: "wgmma.mma_async instructions are serial
 
 def compiled(
     kernel: Any, constants: dict[str, Any], blocks: dict[str, tuple[int, int]], dtype: str, folder: Path
-) -> tuple[int, str]:
-    """Bytes of shared memory, and ptxas's report. `blocks` are those of the tensor descriptors."""
+) -> tuple[int, str, str]:
+    """Bytes of shared memory, ptxas's report, and the PTX. `blocks` are those of the tensor descriptors."""
     signature, values, attributes = {}, {}, {}
     for at, name in enumerate(kernel.arg_names):
         if name in constants:
@@ -46,9 +49,18 @@ def compiled(
     source = GluonASTSource(kernel, signature, values, attributes)
     done = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
     ptx = folder / "kernel.ptx"
-    ptx.write_text(done.asm["ptx"])
+    text = done.asm["ptx"]
+    ptx.write_text(text)
     command = [str(PTXAS), "-v", "--gpu-name=sm_90a", str(ptx), "-o", str(folder / "kernel.cubin")]
-    return done.metadata.shared, subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return done.metadata.shared, subprocess.run(command, capture_output=True, text=True, check=True).stderr, text
+
+
+def before_arrivals(ptx: str) -> list[str]:
+    """What comes before each arrival of a warpgroup, of what touches shared memory, waits or jumps."""
+    found = re.findall(
+        r"^\s*(?:@\S+ )?((?:bar|barrier|ld|st|ldmatrix|stmatrix|wgmma|mbarrier|bra)\.?\S*)", ptx, re.MULTILINE
+    )
+    return [last for last, here in itertools.pairwise(found) if here.startswith("mbarrier.arrive.shared")]
 
 
 @pytest.mark.parametrize(
@@ -100,6 +112,7 @@ def test_they_compile_for_hopper(
                 hopper_forward.forward, shape | hopper.constants(forward), matrices(forward.block_n), dtype, tmp_path
             )
         )
-    for shared, report in made:
+    for shared, report, ptx in made:
         assert shared <= LEAST_SHARED
         assert not any(code in report for code in SERIALIZED), report
+        assert set(before_arrivals(ptx)) == {"bar.sync"}

@@ -19,14 +19,15 @@ BASE = Path(__file__).parents[3] / "recipes" / "pretrain" / "base.yaml"
     "is_hopper, version, changes, said",
     [
         (True, "3.6.0", [], "triton"),
-        (False, "3.8.0", [], "triton"),
-        (True, "3.8.0", ["model.ffn.activation=swiglu"], "triton"),
-        (True, "3.8.0", ["model.ffn.num_heads=8"], "triton"),
+        (True, "3.8.0", [], "triton"),
+        (False, "3.9.0", [], "triton"),
+        (True, "3.9.0", ["model.ffn.activation=swiglu"], "triton"),
+        (True, "3.9.0", ["model.ffn.num_heads=8"], "triton"),
         (
             True,
-            "3.8.0",
+            "3.9.0",
             [],
-            "triton (portable kernels; those for Hopper run with Triton 3.6.*, which torch 2.11 has, not 3.8.0)",
+            "triton (portable kernels; those for Hopper run with Triton 3.6 and 3.8 (torch 2.11 and 2.14), not 3.9.0)",
         ),
     ],
 )

@@ -22,7 +22,10 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 LEAST_SHARED, AMPERE_SHARED = 227 << 10, 99 << 10  # bytes per block
 HEAD_DIMS = (16, 32, 64)  # of `attention_ops`; wider heads would need other tiles
 LONGEST_ROW = 8192  # of a norm, in registers
-GLUON_TRITON = "3.6."  # of the kernels for Hopper: Gluon is not stable yet; add another when tests/gpu passed on it
+GLUON_TRITON = (
+    "3.6.",
+    "3.8.",
+)  # of the kernels for Hopper: Gluon is not stable yet; add another when tests/gpu passed on it
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton then runs kernels on the CPU, slowly
 
 
@@ -79,7 +82,7 @@ def slower_kernels(x: Float[Tensor, "rows dim"], hidden_dim: int, activation: st
         return None
     import triton
 
-    return f"portable kernels; those for Hopper run with Triton {GLUON_TRITON}*, which torch 2.11 has, not {triton.__version__}"
+    return f"portable kernels; those for Hopper run with Triton 3.6 and 3.8 (torch 2.11 and 2.14), not {triton.__version__}"
 
 
 def suits_hopper(x: Float[Tensor, "rows dim"], activation: str) -> bool:

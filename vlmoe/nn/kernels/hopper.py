@@ -3,7 +3,8 @@
 
 Those of `expert_mlp_backward.row_gradients`, for ungated experts whose widths fill the blocks, without what it leaves for
 weight gradients: `hopper_weights` makes that again. A tile of 128 slots is two halves of 64, one per warpgroup, which meet
-nowhere. Axes as there; D1 + D2 = dim.
+nowhere. Triton itself puts a barrier of a half's four warps before its arrivals (triton-lang/triton#10035). Axes as there;
+D1 + D2 = dim.
 """
 
 import functools
@@ -141,12 +142,39 @@ def start_both(
 
 
 @gluon.jit
+def lane_columns(x):
+    """[rows, columns] of a product as [rows, lanes, columns of a lane]."""
+    parts = gl.reshape(x, [x.shape[0], x.shape[1] // 8, 4, 2])
+    return gl.reshape(gl.permute(parts, (0, 2, 1, 3)), [x.shape[0], 4, x.shape[1] // 4])
+
+
+@gluon.jit
+def add_products(total, a, b):
+    """total + sum(a * b, 2), term after term; a total of None is 0."""
+    WIDTH: gl.constexpr = a.shape[2]
+    if WIDTH > 1:
+        a1, a2 = gl.split(gl.permute(gl.reshape(a, [a.shape[0], a.shape[1], 2, WIDTH // 2]), (0, 1, 3, 2)))
+        b1, b2 = gl.split(gl.permute(gl.reshape(b, [b.shape[0], b.shape[1], 2, WIDTH // 2]), (0, 1, 3, 2)))
+        total = add_products(add_products(total, a1, b1), a2, b2)
+    else:
+        a, b = gl.reshape(a, [a.shape[0], a.shape[1]]), gl.reshape(b, [b.shape[0], b.shape[1]])
+        total = a * b if total is None else gl.fma(a, b, total)
+    return total
+
+
+@gluon.jit
+def dot_rows(a, b):
+    """sum(a * b, 1) of [rows, columns] of products; `gl.sum` of Triton 3.8 adds in pairs, half of them without fma."""
+    return gl.sum(add_products(None, lane_columns(a), lane_columns(b)), 1)
+
+
+@gluon.jit
 def hidden_gradient(h, da, dweight, bias, BIAS: gl.constexpr, ACTIVATION: gl.constexpr):
     """dh / weight, and dweight with this block's part."""
     if BIAS:
         h += bias.to(gl.float32)[None, :]
     a, slope = activate_with_slope(h, ACTIVATION)
-    dweight += gl.sum(da * a, 1)
+    dweight += gl.convert_layout(dot_rows(da, a), dweight.type.layout)
     return da * slope, dweight
 
 
@@ -230,7 +258,6 @@ def multiply(
         acc2 = gl.zeros([HALF_ROWS, D2 if D2 > 0 else D1], gl.float32, MMA2)
         h, da = warpgroup_mma_wait(0, deps=[h, da])
         for n in range(0, HIDDEN - BLOCK_N, BLOCK_N):
-            barrier()  # in all four warps: the products that read w_out
             mbarrier.arrive(out_empty.index(step % OUT_SLOTS))
             dh, dweight = hidden_gradient(h, da, dweight, bias, BIAS, ACTIVATION)
             at = step % IN_SLOTS
@@ -239,10 +266,8 @@ def multiply(
             h, da = start_both(operands, rings, full, zeros, step, D2, IN_SLOTS, OUT_SLOTS)
             bias = gl.load(biases + n + BLOCK_N)
             acc1, acc2 = wait_products(acc1, acc2, D2, IN_FLIGHT)
-            barrier()
             mbarrier.arrive(in_empty.index(at))
             h, da = warpgroup_mma_wait(0, deps=[h, da])
-        barrier()
         mbarrier.arrive(out_empty.index(step % OUT_SLOTS))
         dh, dweight = hidden_gradient(h, da, dweight, bias, BIAS, ACTIVATION)
         at = step % IN_SLOTS
@@ -259,7 +284,6 @@ def multiply(
         slot1, slot2 = load_slots(slots, place, end, ROWS1), load_slots(slots, place, end, ROWS2)
         gl.store(dweights + slot, dweight, mask=valid)
         acc1, acc2 = wait_products(acc1, acc2, D2, 0)
-        barrier()
         mbarrier.arrive(in_empty.index(at))
         acc1 *= gl.convert_layout(weight, gl.SliceLayout(1, MMA1))[:, None]
         store_slots(dx, slot1, place, end, acc1, x1, DIM, zero, D1, ROWS1)

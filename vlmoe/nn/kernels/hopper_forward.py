@@ -87,7 +87,6 @@ def multiply_forward(
             if BIAS:
                 bias = gl.load(biases + n)
             h = warpgroup_mma_wait(0, deps=[h])
-            barrier()
             mbarrier.arrive(in_empty.index(in_slot))
             if BIAS:
                 h += bias.to(gl.float32)[None, :]
@@ -101,7 +100,6 @@ def multiply_forward(
                 acc1, acc2 = warpgroup_mma_wait(0, deps=[acc1, acc2])
             else:
                 acc1 = warpgroup_mma_wait(0, deps=[acc1])
-            barrier()
             mbarrier.arrive(out_empty.index(out_slot))
             step += 1
         weight = gl.load(weights + load_slots(slots, place, end, MMA1))

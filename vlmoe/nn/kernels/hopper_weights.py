@@ -130,13 +130,11 @@ def left_operand(
         a, slope = activate_with_slope(hidden + bias[:, None], ACTIVATION)
         mbarrier.wait(slope_empty.index(at), ((step // 2) & 1) ^ 1)
         slopes.index(at).store(slope.to(gl.float16))
-        barrier()
         mbarrier.arrive(slope_full.index(at))
         out = a * scale[None, :]
     else:
         mbarrier.wait(slope_full.index(at), (step // 2) & 1)
         slope = slopes.index(at).load(LAYOUT)
-        barrier()
         mbarrier.arrive(slope_empty.index(at))
         out = hidden * slope.to(gl.float32) * scale[None, :]
         sums += gl.sum(out, 1)
@@ -210,14 +208,12 @@ def accumulate(
                 hidden = start_hidden(held1, held2, left1, left2, full, zeros, step, D2, STAGES)
                 scale = gl.load(scales + first + BLOCK_K)
                 acc1, acc2 = wait_products(acc1, acc2, D2, IN_FLIGHT)
-                barrier()
                 mbarrier.arrive(empty.index(slot))
                 hidden = warpgroup_mma_wait(0, deps=[hidden])
             left, sums = left_operand(hidden, bias, scale, sums, slopes, barriers, step, FIRST, ACTIVATION, HIDDEN_MMA)
             slot = step % STAGES
             acc1, acc2 = add_product(left.to(dtype), right1.index(slot), right2.index(slot), acc1, acc2, D2, MMA1, MMA2)
             acc1, acc2 = wait_products(acc1, acc2, D2, 0)
-            barrier()
             mbarrier.arrive(empty.index(slot))
             mbarrier.arrive(weights_empty)
             step += 1
