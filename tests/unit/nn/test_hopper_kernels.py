@@ -49,10 +49,10 @@ def compiled(
     source = GluonASTSource(kernel, signature, values, attributes)
     done = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
     ptx = folder / "kernel.ptx"
-    text = done.asm["ptx"]
-    ptx.write_text(text)
+    ptx.write_text(done.asm["ptx"])
     command = [str(PTXAS), "-v", "--gpu-name=sm_90a", str(ptx), "-o", str(folder / "kernel.cubin")]
-    return done.metadata.shared, subprocess.run(command, capture_output=True, text=True, check=True).stderr, text
+    report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return done.metadata.shared, report, done.asm["ptx"]
 
 
 def before_arrivals(ptx: str) -> list[str]:

@@ -22,10 +22,8 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 LEAST_SHARED, AMPERE_SHARED = 227 << 10, 99 << 10  # bytes per block
 HEAD_DIMS = (16, 32, 64)  # of `attention_ops`; wider heads would need other tiles
 LONGEST_ROW = 8192  # of a norm, in registers
-GLUON_TRITON = (
-    "3.6.",
-    "3.8.",
-)  # of the kernels for Hopper: Gluon is not stable yet; add another when tests/gpu passed on it
+# Triton, and the torch that has it, of the kernels for Hopper: Gluon is not stable yet; add another when tests/gpu passed on it
+GLUON_TRITON = {"3.6": "2.11", "3.8": "2.14"}
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton then runs kernels on the CPU, slowly
 
 
@@ -82,7 +80,8 @@ def slower_kernels(x: Float[Tensor, "rows dim"], hidden_dim: int, activation: st
         return None
     import triton
 
-    return f"portable kernels; those for Hopper run with Triton 3.6 and 3.8 (torch 2.11 and 2.14), not {triton.__version__}"
+    known = f"Triton {' and '.join(GLUON_TRITON)} (torch {' and '.join(GLUON_TRITON.values())})"
+    return f"portable kernels; those for Hopper run with {known}, not {triton.__version__}"
 
 
 def suits_hopper(x: Float[Tensor, "rows dim"], activation: str) -> bool:
@@ -93,7 +92,7 @@ def suits_hopper(x: Float[Tensor, "rows dim"], activation: str) -> bool:
 def has_known_gluon() -> bool:
     import triton
 
-    return triton.__version__.startswith(GLUON_TRITON)
+    return ".".join(triton.__version__.split(".")[:2]) in GLUON_TRITON
 
 
 @functools.cache

@@ -149,12 +149,18 @@ def lane_columns(x):
 
 
 @gluon.jit
+def halves(x):
+    """[rows, lanes, columns] as its first and its last columns."""
+    parts = gl.reshape(x, [x.shape[0], x.shape[1], 2, x.shape[2] // 2])
+    return gl.split(gl.permute(parts, (0, 1, 3, 2)))
+
+
+@gluon.jit
 def add_products(total, a, b):
     """total + sum(a * b, 2), term after term; a total of None is 0."""
-    WIDTH: gl.constexpr = a.shape[2]
-    if WIDTH > 1:
-        a1, a2 = gl.split(gl.permute(gl.reshape(a, [a.shape[0], a.shape[1], 2, WIDTH // 2]), (0, 1, 3, 2)))
-        b1, b2 = gl.split(gl.permute(gl.reshape(b, [b.shape[0], b.shape[1], 2, WIDTH // 2]), (0, 1, 3, 2)))
+    if a.shape[2] > 1:
+        a1, a2 = halves(a)
+        b1, b2 = halves(b)
         total = add_products(add_products(total, a1, b1), a2, b2)
     else:
         a, b = gl.reshape(a, [a.shape[0], a.shape[1]]), gl.reshape(b, [b.shape[0], b.shape[1]])
